@@ -1,0 +1,214 @@
+"""The verbs a person types."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from metadist.errors import ConfigError, MetadistError
+
+app = typer.Typer(
+    name="metadist",
+    help="Distributed meta-training: the same bits for any number of workers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+data_app = typer.Typer(help="The data sets that episodes are drawn from.", no_args_is_help=True)
+track_app = typer.Typer(help="The copy of a run in MLflow.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(track_app, name="track")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[JOB] [KEY=VALUE]...", help="a job file or a packaged job's name, then overrides"),
+]
+
+
+@contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """Known errors become one line and an exit code; anything else keeps its traceback."""
+    try:
+        yield
+    except MetadistError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def process_started() -> float:
+    """Unix time at which this process began."""
+    try:
+        ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        boot = next(float(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if "btime" in line)
+        return boot + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, StopIteration, ValueError):  # no /proc here
+        return time.time() - time.process_time()
+
+
+def _job_and_overrides(words: list[str] | None) -> tuple[str, list[str]]:
+    jobs = [word for word in words or [] if "=" not in word]
+    overrides = [word for word in words or [] if "=" in word]
+    if len(jobs) > 1:
+        raise ConfigError(f"one job at a time: {' and '.join(jobs)} are two; an override is written key=value")
+    if not jobs:
+        from metadist.config import packaged_jobs
+
+        raise ConfigError(f"no job is named; packaged jobs: {', '.join(sorted(packaged_jobs()))}, or a file's path")
+    return jobs[0], overrides
+
+
+@app.command()
+def train(
+    words: Overrides = None,
+    run_dir: Annotated[Path | None, typer.Option(help="new run folder; runs/JOB-DATE-TIME without it")] = None,
+    resume: Annotated[Path | None, typer.Option(help="run folder to go on with")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved config and run nothing")] = False,
+) -> None:
+    """Meta-train a job, evaluate it and write a run folder.
+
+    Examples: `metadist train quickstart`, `metadist train jobs/omniglot-maml-5w1s.yaml data.root=DIR
+    cluster.workers=2 --run-dir runs/a`, `metadist train --resume runs/a`.
+    """
+    started = process_started()
+    with told_in_one_line():
+        if resume is not None:
+            _resume(resume, words or [], run_dir, dry_run, started)
+            return
+        from metadist.config import load, resolve, to_yaml
+
+        job, overrides = _job_and_overrides(words)
+        config = load(job, overrides)
+        if dry_run:
+            print(to_yaml(resolve(config)), end="")
+            return
+        from metadist.run import train as run
+
+        _show(run(config, job, run_dir, started))
+
+
+def _resume(folder: Path, overrides: list[str], run_dir: Path | None, dry_run: bool, started: float) -> None:
+    if run_dir is not None or dry_run:
+        raise ConfigError("--resume goes with overrides only; the run folder is the resumed one")
+    jobs = [word for word in overrides if "=" not in word]
+    if jobs:
+        raise ConfigError(f"--resume takes its job from {folder}/config.yaml; leave out {jobs[0]}")
+    from metadist.run import resume
+
+    _show(resume(folder, overrides, started))
+
+
+def _show(finished: object) -> None:
+    from rich.console import Console
+
+    from metadist.run import Finished
+    from metadist.tracking.summary import print_result
+
+    assert isinstance(finished, Finished)
+    console = Console()
+    print_result(console, finished.result, finished.folder)
+    for note in finished.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as eval.shots=5")] = None,
+    best: Annotated[bool, typer.Option("--best", help="the best state on validation instead of the last")] = False,
+    split: Annotated[str, typer.Option(help="test or val")] = "test",
+) -> None:
+    """Meta-test a run's meta-parameters with other episodes than it was trained with.
+
+    Example: `metadist evaluate runs/a eval.episodes=1000 eval.shots=5`.
+    """
+    with told_in_one_line():
+        from rich.console import Console
+
+        from metadist.evaluate import evaluate as run
+        from metadist.tracking.summary import print_tests
+
+        found, path = run(run_dir, overrides or [], best=best, split=split)
+        print_tests(Console(), found)
+        print(f"written to {path}")
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """Name every data set."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from metadist.data.sources import NAMES
+
+    table = Table("name", "what", "splits", "needs")
+    for name, entry in NAMES.items():
+        needs = "data.root=FOLDER, or a download" if entry.downloads else "nothing"
+        table.add_row(name, entry.description, ", ".join(entry.splits), needs)
+    Console().print(table)
+
+
+Root = Annotated[str | None, typer.Option(help="folder that holds the raw files")]
+SplitName = Annotated[str | None, typer.Option("--split", help="named split, see `metadist data list`")]
+
+
+@data_app.command("prepare")
+def data_prepare(name: str, root: Root = None, split: SplitName = None) -> None:
+    """Build a data set's table into the cache."""
+    with told_in_one_line():
+        from metadist.config import Source
+        from metadist.data.sources import prepare
+
+        table = prepare(Source(name=name, root=root, split=split), lambda line: print(line, file=sys.stderr))
+        classes = ", ".join(f"{len(part.start)} meta-{which}" for which, part in table.splits.items())
+        print(f"{name}: {len(table.images):,} images {'×'.join(map(str, table.images.shape[1:]))}, {classes} classes")
+        print(f"table {table.path}, fingerprint {table.fingerprint[:16]}")
+
+
+@data_app.command("show")
+def data_show(
+    name: str,
+    out: Annotated[Path, typer.Option(help="PNG to write")] = Path("sheet.png"),
+    root: Root = None,
+    split: SplitName = None,
+    part: Annotated[str, typer.Option(help="train, val or test classes")] = "train",
+) -> None:
+    """Draw a sheet of examples, a row per class."""
+    with told_in_one_line():
+        from metadist.config import Source
+        from metadist.data.sheet import save_sheet
+        from metadist.data.sources import prepare
+
+        if part not in ("train", "val", "test"):
+            raise ConfigError(f"--part: {part!r} is no part; valid: train, val, test")
+        table = prepare(Source(name=name, root=root, split=split), lambda line: print(line, file=sys.stderr))
+        save_sheet(table, out, split=part)
+        print(f"wrote {out}")
+
+
+@track_app.command("sync")
+def track_sync(run_dir: Annotated[Path, typer.Argument(help="run folder")]) -> None:
+    """Deliver what a tracking server that was away has not got yet."""
+    with told_in_one_line():
+        from metadist.errors import RunError
+        from metadist.tracking.mlflow_copy import sync
+
+        if not (run_dir / "config.yaml").is_file():
+            raise RunError(f"{run_dir}: is no run folder, it has no config.yaml")
+        report = sync(run_dir, final=(run_dir / "result.json").exists())
+        print(report.line(run_dir))
+        if report.problem:
+            raise typer.Exit(4)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,522 @@
+"""One typed tree for a whole run: YAML in, dotted overrides, resolved YAML out.
+
+A job file is this tree with the defaults left out. `load` reads one, applies
+overrides such as `task.shots=5`, and refuses unknown keys, wrong types and
+impossible combinations with a line that names the key. `resolve` replaces every
+`auto` by a fixed rule, never by timing; what it returns is written into the run
+folder and is itself a valid job file.
+"""
+
+import difflib
+import json
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from metadist.errors import ConfigError
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _yaml_off(value: Any) -> Any:
+    """YAML reads the word off as false."""
+    return "off" if value is False else value
+
+
+class Tree(BaseModel):
+    """A node of the config tree: immutable, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Source(Tree):
+    """One data set of a mixture."""
+
+    name: str
+    weight: Positive = Field(1, description="relative share of the tasks, an integer")
+    root: str | None = Field(None, description="folder that holds the raw files; downloaded without it")
+    split: str | None = Field(None, description="named split into meta-train, meta-val and meta-test classes")
+
+
+class Data(Tree):
+    """Where examples come from."""
+
+    name: str | list[Source] = Field("glyphs", description="a data set, or a list of {name, weight, root, split}")
+    root: str | None = Field(None, description="folder that holds the raw files; downloaded without it")
+    split: str | None = Field(None, description="named split into meta-train, meta-val and meta-test classes")
+
+    @model_validator(mode="after")
+    def _a_list_names_its_own(self) -> "Data":
+        if isinstance(self.name, list):
+            if not self.name:
+                raise ValueError("name: the list of data sets is empty")
+            if self.root is not None or self.split is not None:
+                raise ValueError("name: with a list of data sets, root and split belong to each entry of the list")
+        return self
+
+    @property
+    def sources(self) -> list[Source]:
+        if isinstance(self.name, str):
+            return [Source(name=self.name, root=self.root, split=self.split)]
+        return self.name
+
+
+class Task(Tree):
+    """What an episode is, and how a meta-batch is cut into shards."""
+
+    ways: Annotated[int, Field(ge=2)] = Field(5, description="classes per episode")
+    shots: Positive = Field(1, description="support examples per class")
+    queries: Positive = Field(1, description="query examples per class")
+    meta_batch: Positive = Field(16, description="tasks per meta-step")
+    shard: Positive | Literal["auto"] = Field("auto", description="tasks per shard; part of the mathematics")
+    within_group: bool = Field(False, description="draw all classes of an episode from one group (one alphabet)")
+    transductive: bool = Field(True, description="normalise the queries of a task by their own batch statistics")
+
+
+class Model(Tree):
+    """The network."""
+
+    name: Literal["stride2", "conv4", "conv4-fc", "mlp"] = Field("stride2", description="architecture")
+    width: Positive = Field(64, description="channels of a convolution, or units of an MLP layer")
+    hidden: Positive = Field(128, description="units of conv4-fc's first, and without head of its second, linear layer")
+    layers: Positive = Field(2, description="hidden layers of mlp")
+    norm: Literal["batch", "layer", "none"] = Field("batch", description="normalisation behind each hidden layer")
+    activation: Literal["relu", "softplus", "tanh"] = Field("relu", description="nonlinearity")
+    pool: Literal["max", "avg"] = Field("max", description="pooling of conv4 and conv4-fc")
+    statistics: Literal["support", "running"] = Field(
+        "support", description="where a batch norm takes its statistics from when queries are not normalised together"
+    )
+
+
+class Algorithm(Tree):
+    """What every method has."""
+
+
+class InnerLoop(Algorithm):
+    """What every method with gradient steps on the support set has."""
+
+    inner_lr: Rate = Field(0.4, description="rate of the inner loop, for a mean loss over the support set")
+    inner_steps: Count = Field(1, description="gradient steps on the support set")
+
+
+class Maml(InnerLoop):
+    """Model-agnostic meta-learning (Finn et al. 2017)."""
+
+    name: Literal["maml"] = "maml"
+    order: Literal[1, 2] = Field(2, description="1 drops the second derivatives (FOMAML)")
+    support_loss_weight: NonNegative = Field(0.0, description="λ: support loss of θ added to the meta-objective")
+
+
+class Reptile(InnerLoop):
+    """Reptile (Nichol et al. 2018): the outer direction is θ − φ."""
+
+    name: Literal["reptile"] = "reptile"
+    inner_lr: Rate = Field(1e-3, description="rate of the inner loop")
+    inner_steps: Count = Field(5, description="gradient steps, each on the next mini-batch of the support set")
+    inner_optimizer: Literal["sgd", "adam"] = Field("adam", description="adam has β1 = 0, β2 = 0.999, ε = 1e-8")
+    inner_batch: Positive | None = Field(None, description="examples per inner step; the whole support set without it")
+
+
+class ProtoNet(Algorithm):
+    """Prototypical networks (Snell et al. 2017)."""
+
+    name: Literal["protonet"] = "protonet"
+    distance: Literal["euclidean", "cosine"] = Field("euclidean", description="squared distance, or cosine similarity")
+    temperature: Rate = Field(1.0, description="logits are multiplied by it; 10 suits cosine")
+
+
+AnyAlgorithm = Annotated[Maml | Reptile | ProtoNet, Field(discriminator="name")]
+
+
+class Outer(Tree):
+    """The step of the meta-parameters."""
+
+    steps: Positive = Field(1000, description="meta-steps")
+    optimizer: Literal["adam", "adamw", "sgd", "rmsprop"] = Field("adam", description="of torch.optim")
+    lr: Rate = Field(1e-3, description="rate at the start of the schedule")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of sgd and rmsprop")
+    weight_decay: NonNegative = Field(0.0, description="of the optimizer")
+    clip: Rate | None = Field(None, description="largest norm of the whole meta-gradient")
+    schedule: Literal["constant", "cosine", "linear", "halving"] = Field("constant", description="of the rate")
+    final_lr: NonNegative = Field(0.0, description="rate at the end of a cosine or linear schedule")
+    halve_every: Positive | None = Field(None, description="meta-steps between halvings of the halving schedule")
+    warmup: Count = Field(0, description="meta-steps over which the rate rises linearly to lr")
+
+    @model_validator(mode="after")
+    def _schedule_has_its_keys(self) -> "Outer":
+        if (self.schedule == "halving") != (self.halve_every is not None):
+            raise ValueError("halve_every: goes with outer.schedule=halving, and only with it")
+        if self.final_lr and self.schedule not in ("cosine", "linear"):
+            raise ValueError("final_lr: is read by outer.schedule=cosine or linear only")
+        if self.momentum and self.optimizer not in ("sgd", "rmsprop"):
+            raise ValueError("momentum: is read by outer.optimizer=sgd or rmsprop only")
+        return self
+
+
+class Engine(Tree):
+    """How a shard is computed on one device."""
+
+    mode: Literal["auto", "loop", "vectorised"] = Field("auto", description="one task after the other, or all at once")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if a worker has a GPU share")
+    dtype: Literal["float32", "float64"] = Field("float32", description="of parameters and examples")
+    threads: Positive = Field(1, description="threads of a worker; part of the numeric fingerprint")
+
+
+class Cluster(Tree):
+    """Where the workers run."""
+
+    address: str = Field("local", description="local, auto, HOST:PORT or ray://HOST:PORT")
+    workers: Count = Field(2, description="Ray actors; 0 computes in the driver's process without Ray")
+    cpus: NonNegative | Literal["auto"] = Field("auto", description="CPUs a worker reserves; auto: engine.threads")
+    gpus: NonNegative | Literal["auto"] = Field("auto", description="GPU share of a worker; auto: 1 on cuda, else 0")
+    timeout: Rate = Field(60.0, description="seconds to wait for a cluster, or for its resources")
+
+
+class Checkpoint(Tree):
+    """How often the state becomes durable."""
+
+    every: Positive = Field(100, description="meta-steps between checkpoints")
+    keep: Annotated[int, Field(ge=3)] = Field(3, description="newest checkpoints kept; the best one is kept as well")
+
+
+class Eval(Tree):
+    """How a run is judged. A key left null is the task's."""
+
+    every: Count = Field(100, description="meta-steps between validations; 0 = never")
+    val_episodes: Positive = Field(200, description="episodes of a validation")
+    episodes: Positive = Field(1000, description="episodes of the meta-test")
+    test: bool = Field(True, description="meta-test at the end")
+    ways: Annotated[int, Field(ge=2)] | None = None
+    shots: Positive | None = None
+    queries: Positive | None = None
+    inner_steps: Count | None = None
+    transductive: bool | None = None
+    finetune_steps: Count = Field(0, description="gradient steps on the support set for methods without inner loop")
+    finetune_lr: Rate = Field(0.01, description="rate of those steps")
+    also: list[dict[str, bool | int | float | None]] = Field(
+        [], description="further meta-tests, each as overrides of this section, such as {queries: 15}"
+    )
+
+
+class Tracking(Tree):
+    """Where a person follows the run."""
+
+    uri: Annotated[str, BeforeValidator(_yaml_off)] = Field(
+        "auto", description="MLflow tracking URI; auto: SQLite beside the run folder; off: none"
+    )
+    experiment: str = Field("metadist", description="MLflow experiment")
+
+
+class Config(Tree):
+    """A whole run."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    data: Data = Data()
+    task: Task = Task()
+    model: Model = Model()
+    algorithm: AnyAlgorithm = Maml()
+    outer: Outer = Outer()
+    engine: Engine = Engine()
+    cluster: Cluster = Cluster()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Config":
+        shard, meta_batch = self.task.shard, self.task.meta_batch
+        if shard != "auto" and meta_batch % shard:
+            raise ValueError(f"task.shard: {shard} does not divide task.meta_batch={meta_batch}")
+        if self.eval.finetune_steps and isinstance(self.algorithm, InnerLoop):
+            raise ValueError(
+                f"eval.finetune_steps: {self.algorithm.name} has its own inner loop; set eval.inner_steps instead"
+            )
+        if self.eval.inner_steps is not None and not isinstance(self.algorithm, InnerLoop):
+            raise ValueError(
+                f"eval.inner_steps: {self.algorithm.name} has no inner loop; set eval.finetune_steps instead"
+            )
+        if isinstance(self.algorithm, Reptile) and self.model.statistics == "running":
+            raise ValueError("model.statistics: reptile keeps no running statistics; valid is support")
+        if self.model.statistics == "running" and self.model.norm != "batch":
+            raise ValueError("model.statistics: running goes with model.norm=batch")
+        for index, changes in enumerate(self.eval.also):
+            unknown = [key for key in changes if key not in EVAL_EPISODE_KEYS]
+            if unknown:
+                raise ValueError(
+                    f"eval.also.{index}: unknown key {unknown[0]}{_did_you_mean(unknown[0], EVAL_EPISODE_KEYS)}"
+                )
+        return self
+
+    def with_values(self, **sections: dict[str, Any]) -> "Config":
+        """This config with some keys replaced and everything checked again."""
+        raw = self.model_dump()
+        for section, values in sections.items():
+            raw[section].update(values)
+        return validate(raw, "config")
+
+
+EVAL_EPISODE_KEYS = (
+    "episodes", "ways", "shots", "queries", "inner_steps", "transductive", "finetune_steps", "finetune_lr",
+)  # fmt: skip
+"""The keys of `eval` that an entry of `eval.also` may change."""
+
+
+# --- reading -----------------------------------------------------------------
+
+
+class _NoDuplicates(yaml.SafeLoader):
+    """YAML lets a later key silently win over an earlier one; a job file may not."""
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    pairs = [(loader.construct_object(k, deep=True), loader.construct_object(v, deep=True)) for k, v in node.value]
+    seen = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        seen.add(key)
+    return dict(pairs)
+
+
+_NoDuplicates.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def find_job(job: str) -> Path:
+    """The file of a job that is named by its path or by its packaged name."""
+    path = Path(job)
+    if path.is_file():
+        return path
+    if path.is_dir() or path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ConfigError(f"job file {job} {what}; a packaged job is one of: {', '.join(sorted(packaged_jobs()))}")
+    jobs = packaged_jobs()
+    if job not in jobs:
+        raise ConfigError(f"no job file or packaged job is named {job}{_did_you_mean(job, jobs) or _choices(jobs)}")
+    return jobs[job]
+
+
+def packaged_jobs() -> dict[str, Path]:
+    """Name → file of the job files that ship with the package."""
+    package = Path(__file__).parent
+    for folder in (package / "jobs", package.parent / "jobs"):  # installed, or a checkout
+        found = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+        if found:
+            return found
+    return {}
+
+
+def load(job: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a job file, with `key.path=value` words applied, fully checked."""
+    return validate(apply_overrides(read_yaml(find_job(str(job))), overrides), str(job))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping. One line says what is wrong with a file that has none."""
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _NoDuplicates)  # noqa: S506, a SafeLoader
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a job file is a mapping of sections, this is a {type(raw).__name__}")
+    return raw
+
+
+def apply_overrides(raw: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """`raw` with each `key.path=value` set; values are read as YAML."""
+    raw = json.loads(json.dumps(raw, default=str))
+    for word in words:
+        key, equals, text = word.partition("=")
+        path = key.strip().split(".")
+        if not equals or not all(path):
+            raise ConfigError(f"override {word!r}: write key.path=value, for example task.shots=5")
+        try:
+            value = yaml.load(text, _NoDuplicates)  # noqa: S506, a SafeLoader
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {word!r}: the value is not valid YAML") from error
+        node = raw
+        for part in path[:-1]:
+            child = node.setdefault(part, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"override {word!r}: {part} is a value, not a section")
+            node = child
+        node[path[-1]] = value
+    return raw
+
+
+def validate(raw: dict[str, Any], origin: str) -> Config:
+    """The typed tree of a raw mapping; `origin` names the file in messages."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {_one_line(error, raw)}") from error
+
+
+def to_yaml(config: Config) -> str:
+    """The config as a job file, every key written out, in the tree's order."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+# --- resolving ---------------------------------------------------------------
+
+
+def resolve(config: Config) -> Config:
+    """Every `auto` replaced by its rule.
+
+    - `task.shard`: the largest divisor of the meta-batch that is at most 8 and, where
+      the meta-batch allows, leaves 2 shards or more;
+    - `engine.mode`: vectorised;
+    - `engine.device`: cuda where a GPU share is declared, or where the driver's machine
+      has a GPU and the workers run on it; else cpu;
+    - `cluster.cpus`: `engine.threads`; `cluster.gpus`: 1 on cuda, else 0.
+
+    `tracking.uri` stays, because its rule needs the run folder.
+    """
+    gpus, device = config.cluster.gpus, config.engine.device
+    if device == "auto":
+        here = config.cluster.workers == 0 or config.cluster.address == "local"
+        device = "cuda" if (gpus != "auto" and gpus > 0) or (gpus == "auto" and here and _has_gpu()) else "cpu"
+    if device == "cpu" and gpus not in ("auto", 0, 0.0):
+        raise ConfigError(f"cluster.gpus: {gpus} reserves GPUs that engine.device=cpu would not use")
+    return config.with_values(
+        task={"shard": default_shard(config.task.meta_batch) if config.task.shard == "auto" else config.task.shard},
+        engine={"mode": "vectorised" if config.engine.mode == "auto" else config.engine.mode, "device": device},
+        cluster={
+            "cpus": float(config.engine.threads) if config.cluster.cpus == "auto" else config.cluster.cpus,
+            "gpus": float(device == "cuda") if gpus == "auto" else gpus,
+        },
+    )
+
+
+def default_shard(meta_batch: int) -> int:
+    """The rule behind `task.shard: auto`."""
+    most = min(8, max(1, meta_batch // 2))
+    return max(size for size in range(1, most + 1) if meta_batch % size == 0)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+# --- what a resume may change --------------------------------------------------
+
+FREE_ON_RESUME = ("cluster", "checkpoint", "eval", "tracking", "data.root")
+"""Keys and sections that do not touch the meta-parameters; `outer.steps` joins them without a schedule."""
+
+
+def mathematics(config: Config) -> dict[str, Any]:
+    """Dotted key → value of all that determines the final bits."""
+    flat = dict(_flatten(config.model_dump(mode="json")))
+    free = FREE_ON_RESUME + (("outer.steps",) if config.outer.schedule in ("constant", "halving") else ())
+    return {key: value for key, value in flat.items() if not any(key == f or key.startswith(f + ".") for f in free)}
+
+
+def refuse_changed_mathematics(before: Config, after: Config) -> None:
+    """A resumed run keeps its mathematics; one line names the first key that would not."""
+    old, new = mathematics(before), mathematics(after)
+    for key in dict.fromkeys([*old, *new]):
+        if old.get(key) != new.get(key):
+            raise ConfigError(
+                f"{key}: was {old.get(key)} and cannot become {new.get(key)} on resume, it changes the mathematics; "
+                f"what may change: {', '.join(FREE_ON_RESUME)}, and outer.steps with a constant or halving schedule"
+            )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and all(isinstance(v, dict) for v in value):
+            for index, item in enumerate(value):
+                yield from _flatten(item, f"{prefix}{key}.{index}.")
+        else:
+            yield prefix + key, value
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted key → value of the whole tree."""
+    return dict(_flatten(config.model_dump(mode="json")))
+
+
+# --- messages ----------------------------------------------------------------
+
+
+def _one_line(error: ValidationError, raw: dict[str, Any]) -> str:
+    """The first problem, told with the key's dotted name and the nearest valid one."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    # A discriminated union puts the chosen tag into the location; a person never wrote it.
+    tag = raw.get("algorithm", {}).get("name", "maml") if isinstance(raw.get("algorithm"), dict) else None
+    if len(path) > 1 and path[0] == "algorithm" and path[1] == tag:
+        del path[1]
+    path = [part for part in path if not part.startswith(("list[", "constrained-", "literal[", "function-"))]
+    path = [part for part in path if part not in ("str", "int", "float", "bool")]
+    key = ".".join(path)
+    kind, given = first["type"], first.get("input")
+    if kind == "extra_forbidden":
+        owner = _tree_at(path[:-1], tag)
+        names = list(owner.model_fields) if owner else []
+        prefix = ".".join([*path[:-1], ""])
+        return f"unknown key {key}{_did_you_mean(path[-1], names, prefix) or _choices([prefix + n for n in names])}"
+    if kind == "union_tag_invalid":
+        names = sorted(str(first["ctx"]["expected_tags"]).replace("'", "").split(", "))
+        return f"algorithm.name: {tag!r} is no method{_did_you_mean(str(tag), names) or _choices(names)}"
+    if kind == "union_tag_not_found":
+        return "algorithm.name: says which method; it is missing" + _choices(algorithm_names())
+    if kind == "value_error":
+        message = str(first["ctx"]["error"])
+        return f"{key}.{message}" if key else message
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key}: {message}, not {given!r}"
+
+
+def algorithm_names() -> list[str]:
+    """Every valid `algorithm.name`."""
+    return [member.model_fields["name"].default for member in get_args(get_args(AnyAlgorithm)[0])]
+
+
+def _tree_at(path: Sequence[str], tag: str | None) -> type[Tree] | None:
+    """The class of the tree's node at a dotted path, for naming its keys."""
+    node: Any = Config
+    for part in path:
+        if part.isdigit():
+            continue
+        if not (isinstance(node, type) and issubclass(node, Tree)) or part not in node.model_fields:
+            return None
+        node = node.model_fields[part].annotation
+        candidates = [a for a in _leaves(node) if isinstance(a, type) and issubclass(a, Tree)]
+        tagged = [c for c in candidates if "name" in c.model_fields and c.model_fields["name"].default == tag]
+        node = (tagged or candidates or [None])[0]
+    return node
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    if get_origin(annotation) is None:
+        yield annotation
+    else:
+        for argument in typing.get_args(annotation):
+            yield from _leaves(argument)
+
+
+def _did_you_mean(word: str, names: Any, prefix: str = "") -> str:
+    near = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _choices(names: Any) -> str:
+    return f"; valid: {', '.join(sorted(names))}"

@@ -1,0 +1,91 @@
+"""All that one process needs to compute shards of one run."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metadist import algorithms
+from metadist.config import Config
+from metadist.data.table import Table
+from metadist.engine.device import settle
+from metadist.engine.exact import Part, quantise, scales
+from metadist.engine.layout import Layout
+from metadist.engine.shard import ENGINES, JUDGES
+from metadist.tasks.few_shot import FewShot, evaluation_tasks, training_tasks
+
+
+class Blueprint:
+    """Names, shapes and initial values of a run's tensors; the same wherever it is made.
+
+    values: θ and state in one buffer; sums: what a shard returns.
+    """
+
+    def __init__(self, config: Config, image: tuple[int, int, int]) -> None:
+        dtype = getattr(torch, config.engine.dtype)
+        generator = torch.Generator().manual_seed(config.seed)
+        theta, state = algorithms.for_training(config, image).init(generator)
+        self.theta = {name: value.to(dtype) for name, value in theta.items()}
+        self.state = {name: value.to(dtype) for name, value in state.items()}
+        self.values = Layout.of(self.theta | self.state)
+        scalar = torch.zeros((), dtype=dtype)
+        self.sums = Layout.of(
+            {f"gradient.{name}": value for name, value in self.theta.items()}
+            | {f"statistics.{name}": value for name, value in self.state.items()}
+            | {"metric.loss": scalar, "metric.accuracy": scalar}
+        )
+
+    def initial(self) -> np.ndarray:
+        """Initial θ and state as one flat buffer."""
+        return self.values.flatten(self.theta | self.state).numpy()
+
+    def named(self, flat: np.ndarray, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """θ and state by name, in memory of their own."""
+        both = self.values.unflatten(torch.from_numpy(np.array(flat)).to(device))
+        return {name: both[name] for name in self.theta}, {name: both[name] for name in self.state}
+
+
+class Engine:
+    """Computes shards and judges episodes for one resolved config on one device."""
+
+    def __init__(self, config: Config, tables: Sequence[Table]) -> None:
+        self.config, self.tables = config, tables
+        self.device = settle(config.engine)
+        self.tasks = training_tasks(config, tables, self.device)
+        self.algorithm = algorithms.for_training(config, self.tasks.shape)
+        self.blueprint = Blueprint(config, self.tasks.shape)
+        self._compute = ENGINES[config.engine.mode]
+        self._judge = JUDGES[config.engine.mode]
+        assert isinstance(config.task.shard, int)
+        self.shard_tasks = config.task.shard
+        self.shards = config.task.meta_batch // self.shard_tasks
+        self._judged: dict[tuple[str, str], tuple[Config, FewShot, algorithms.Algorithm]] = {}
+
+    def sums(self, theta: dict[str, Tensor], state: dict[str, Tensor], step: int, shard: int) -> dict[str, Tensor]:
+        """Float sums of one shard of a meta-step, by name."""
+        episodes = self.tasks.sample(step, shard * self.shard_tasks, self.shard_tasks)
+        return self._compute(self.algorithm, theta, state, episodes, self.config.task.ways, step)
+
+    def part(self, values: np.ndarray, exponents: np.ndarray, step: int, shard: int) -> Part:
+        """One shard's sums as integers: a pure function of its arguments and the config."""
+        theta, state = self.blueprint.named(values, self.device)
+        scale = scales(self.blueprint.sums, exponents, self.device)
+        return quantise(self.blueprint.sums, self.sums(theta, state, step, shard), scale, self.shards)
+
+    def judge(self, values: np.ndarray, judged: Config, split: str, first: int, tasks: int) -> dict[str, np.ndarray]:
+        """Accuracy and loss, float64 [tasks] each, of evaluation tasks first … first+tasks−1.
+
+        `judged` is the run's config with the evaluation's own `eval` section. A whole shard
+        is computed and cut, so that the shapes, and with them the bits, never depend on
+        how many tasks are asked for.
+        """
+        key = (split, judged.eval.model_dump_json())
+        if key not in self._judged:
+            sampler = evaluation_tasks(judged, self.tables, split, self.device)
+            self._judged[key] = (judged, sampler, algorithms.for_evaluation(judged, sampler.shape))
+        _, sampler, algorithm = self._judged[key]
+        theta, state = self.blueprint.named(values, self.device)
+        episodes = sampler.sample(0, first, self.shard_tasks)
+        found = self._judge(algorithm, theta, state, episodes, sampler.ways)
+        return {name: value[:tasks].double().cpu().numpy() for name, value in found.items()}

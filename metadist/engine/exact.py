@@ -1,0 +1,90 @@
+"""Sums that do not depend on their order.
+
+A value x becomes the integer q = round(x · 2^e). Integers add exactly, so partial sums may
+be taken in any grouping. The exponent e is one per tensor and a function of the previous
+step's sum alone, so that everybody agrees on it beforehand.
+
+Casting NaN, an infinity or a value beyond 2^63 to int64 is silent, and whether a partial
+sum overflows depends on the grouping. So every part is checked before it is added: finite,
+and |q| ≤ 2^62 / parts. A part that exceeds the bound makes the whole step be done again
+with coarser exponents, whichever part it was, so that this too depends on no order.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metadist.engine.layout import Layout
+
+HEADROOM_BITS = 62
+TARGET_BITS = 45
+"""A step's largest sum is expected near 2^45: 2^17 below the limit, and 2^-45 of it is resolved."""
+
+FIRST_EXPONENT = 40
+"""Of every tensor at step 0."""
+
+COARSER_BITS = 16
+"""How much coarser a step is done again after a part exceeded its bound."""
+
+LOWEST, HIGHEST = -900, 900
+
+
+class Part(NamedTuple):
+    """A quantised summand: q int64 [total], and what is wrong with it, if anything."""
+
+    q: np.ndarray
+    finite: bool
+    fits: bool
+
+
+def first_exponents(layout: Layout) -> np.ndarray:
+    """int64 [tensors], those of step 0."""
+    return np.full(len(layout.names), FIRST_EXPONENT, dtype=np.int64)
+
+
+def coarser(exponents: np.ndarray) -> np.ndarray:
+    """For doing a step again."""
+    return np.maximum(exponents - COARSER_BITS, LOWEST)
+
+
+def scales(layout: Layout, exponents: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """2^e for every element, float64 [total]; exact, as powers of two are."""
+    each = torch.from_numpy(np.ldexp(1.0, exponents.astype(np.int32)))
+    return each.repeat_interleave(torch.tensor(layout.sizes)).to(device)
+
+
+def quantise(layout: Layout, tensors: Mapping[str, Tensor], scale: Tensor, parts: int) -> Part:
+    """round(x · 2^e) of all tensors in one flat buffer; `parts` is how many such buffers will be added."""
+    scaled = layout.flatten(tensors).detach().double() * scale
+    rounded = scaled.round_()
+    largest = float(rounded.abs().max())
+    finite = np.isfinite(largest).item()
+    fits = finite and largest <= 2.0**HEADROOM_BITS / parts
+    q = rounded.long() if fits else torch.zeros_like(rounded, dtype=torch.int64)
+    return Part(q.cpu().numpy(), finite, fits)
+
+
+def dequantise(layout: Layout, total: np.ndarray, exponents: np.ndarray) -> dict[str, Tensor]:
+    """The sum by name, float64."""
+    # 2^-e is exact, and int64 → float64 rounds once, to nearest, the same everywhere.
+    value = torch.from_numpy(total.astype(np.float64)) / scales(layout, exponents)
+    return layout.split(value)
+
+
+def next_exponents(layout: Layout, total: np.ndarray, exponents: np.ndarray) -> np.ndarray:
+    """Exponents of the next step, from this step's sum: its largest element comes to 2^45.
+
+    A tensor whose sum is zero keeps its exponent.
+    """
+    result = exponents.copy()
+    starts = np.concatenate([[0], np.cumsum(layout.sizes)])
+    for index in range(len(layout.names)):
+        part = total[starts[index] : starts[index + 1]]
+        # Python integers: the magnitude of the most negative int64 is no int64.
+        largest = max(int(part.max()), -int(part.min())) if part.size else 0
+        if largest:
+            result[index] += TARGET_BITS - largest.bit_length()
+    return np.clip(result, LOWEST, HIGHEST)

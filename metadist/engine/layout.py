@@ -1,0 +1,56 @@
+"""Named tensors as one flat buffer, in name order, and back."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names in order, with their shapes; `offsets` are element positions in the flat buffer."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Layout":
+        names = tuple(sorted(tensors))
+        return cls(names, tuple(tuple(tensors[name].shape) for name in names))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes)
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """One contiguous tensor [total] of the given values."""
+        return torch.cat([tensors[name].reshape(-1) for name in self.names])
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views into `flat` by name."""
+        parts = flat.split(self.sizes)
+        return {n: part.view(s) for n, part, s in zip(self.names, parts, self.shapes, strict=True)}
+
+    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        """Copies by name, each in memory of its own.
+
+        A view would begin wherever its neighbour ends, and a matrix library may choose
+        another order of summation for another alignment: same bits need same alignment.
+        """
+        return {name: part.clone() for name, part in self.split(flat).items()}
+
+
+def sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of the little-endian float32 bytes of all tensors in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].detach().cpu().to(torch.float32).contiguous().numpy().astype(np.dtype("<f4")).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,98 @@
+"""One shard's sums on one device: a loop over its tasks, or all of them at once.
+
+Both give the same numbers within rounding; which one runs is fixed per run, because the
+last bits differ. The sums of a shard are named tensors:
+
+- `gradient.NAME`: Σ over the tasks of the meta-gradient (or of the method's direction);
+- `statistics.NAME`: Σ of every state tensor's value in each task;
+- `metric.loss`, `metric.accuracy`: Σ of the scalars.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from metadist.algorithms.algorithm import Algorithm, Outcome, State, Theta, accuracy
+from metadist.tasks.episode import Episode, Examples
+
+Sums = dict[str, Tensor]
+Judged = dict[str, Tensor]
+
+
+def vectorised(algorithm: Algorithm, theta: Theta, state: State, episodes: Episode, ways: int, step: int) -> Sums:
+    """Sums over a batch of episodes with a leading task axis, by `vmap`."""
+    if hasattr(algorithm, "meta_gradient"):
+        with torch.no_grad():
+            each, outcomes = vmap(lambda e: algorithm.meta_gradient(theta, state, e, ways, step))(episodes)
+        return _named({name: value.sum(0) for name, value in each.items()}, outcomes)
+    leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
+    # The gradient is taken outside of `vmap`: the sum over tasks happens inside the backward
+    # pass, and what all tasks share (the first forward pass with θ) is one large product.
+    outcomes = vmap(lambda e: algorithm.task_loss(leaves, state, e, ways, step))(episodes)
+    gradient = torch.autograd.grad(outcomes.loss.sum(), list(leaves.values()), materialize_grads=True)
+    return _named(dict(zip(leaves, gradient, strict=True)), outcomes)
+
+
+def loop(algorithm: Algorithm, theta: Theta, state: State, episodes: Episode, ways: int, step: int) -> Sums:
+    """The same, one task after the other."""
+    total: Sums = {}
+    for episode in _each(episodes):
+        if hasattr(algorithm, "meta_gradient"):
+            with torch.no_grad():
+                gradient, outcome = algorithm.meta_gradient(theta, state, episode, ways, step)
+        else:
+            leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
+            outcome = algorithm.task_loss(leaves, state, episode, ways, step)
+            taken = torch.autograd.grad(outcome.loss, list(leaves.values()), materialize_grads=True)
+            gradient = dict(zip(leaves, taken, strict=True))
+        one = _named(gradient, Outcome(*(torch.utils._pytree.tree_map(lambda v: v[None], outcome))))
+        total = {name: total[name] + value if total else value for name, value in one.items()}
+    return total
+
+
+def judge_vectorised(algorithm: Algorithm, theta: Theta, state: State, episodes: Episode, ways: int) -> Judged:
+    """Accuracy and loss of every episode's queries after adaptation, each [tasks]."""
+    with torch.no_grad():
+        return vmap(lambda e: _judge(algorithm, theta, state, e, ways))(episodes)
+
+
+def judge_loop(algorithm: Algorithm, theta: Theta, state: State, episodes: Episode, ways: int) -> Judged:
+    """The same, one task after the other."""
+    with torch.no_grad():
+        each = [_judge(algorithm, theta, state, episode, ways) for episode in _each(episodes)]
+    return {name: torch.stack([one[name] for one in each]) for name in each[0]}
+
+
+ENGINES: dict[str, Callable[[Algorithm, Theta, State, Episode, int, int], Sums]] = {
+    "loop": loop,
+    "vectorised": vectorised,
+}
+JUDGES: dict[str, Callable[[Algorithm, Theta, State, Episode, int], Judged]] = {
+    "loop": judge_loop,
+    "vectorised": judge_vectorised,
+}
+
+
+def _judge(algorithm: Algorithm, theta: Theta, state: State, episode: Episode, ways: int) -> Judged:
+    logits = algorithm.adapt(theta, state, episode.support, ways)(episode.query.x)
+    y = episode.query.y
+    return {
+        "accuracy": accuracy(logits, y),
+        "loss": torch.nn.functional.cross_entropy(logits, y),
+    }
+
+
+def _named(gradient: Sums, outcomes: Outcome) -> Sums:
+    sums = {f"gradient.{name}": value for name, value in gradient.items()}
+    sums |= {f"statistics.{name}": value.sum(0) for name, value in outcomes.statistics.items()}
+    return sums | {"metric.loss": outcomes.loss.detach().sum(0), "metric.accuracy": outcomes.accuracy.sum(0)}
+
+
+def _each(episodes: Episode) -> list[Episode]:
+    support, query = episodes
+    return [
+        Episode(Examples(support.x[i], support.y[i]), Examples(query.x[i], query.y[i]))
+        for i in range(support.y.shape[0])
+    ]

@@ -1,0 +1,76 @@
+"""The meta-test protocol: mean accuracy over N episodes with its 95 % interval."""
+
+import math
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from metadist import algorithms
+from metadist.config import Config, validate
+from metadist.tasks.few_shot import FewShot, evaluation_tasks
+
+
+class Judge(Protocol):
+    """Whatever computes evaluation tasks: accuracy and loss, float64 [episodes] each."""
+
+    def judge(self, values: np.ndarray | None, judged: Config, split: str, episodes: int) -> dict[str, np.ndarray]: ...
+
+
+class Score(NamedTuple):
+    """Mean over episodes, in [0, 1], and the half-width of its 95 % interval, 1.96 · s / √N."""
+
+    accuracy: float
+    ci95: float
+
+
+def score(accuracies: np.ndarray) -> Score:
+    """accuracies: float64 [episodes]; s is the sample's standard deviation (N − 1)."""
+    n = len(accuracies)
+    spread = float(np.std(accuracies, ddof=1)) if n > 1 else float("nan")
+    return Score(float(np.mean(accuracies)), 1.96 * spread / math.sqrt(n))
+
+
+def settings(config: Config) -> list[Config]:
+    """The config of the meta-test, then one for each entry of `eval.also`."""
+    raw = config.model_dump()
+    also, raw["eval"]["also"] = raw["eval"]["also"], []
+    return [
+        validate({**raw, "eval": {**raw["eval"], **changes}}, f"eval.also.{number - 1}" if number else "eval")
+        for number, changes in enumerate([{}, *also])
+    ]
+
+
+def check(config: Config, tables: list[Any]) -> None:
+    """Refuse in one line, before anything runs, episodes that some evaluation of this config could not fill."""
+    wanted = (["val"] if config.eval.every else []) + (["test"] if config.eval.test else [])
+    for setting in settings(config):
+        for split in wanted:
+            sampler: FewShot = evaluation_tasks(setting, tables, split, "cpu")
+            algorithms.for_evaluation(setting, sampler.shape)
+
+
+def validation_settings(config: Config) -> Config:
+    """What runs every `eval.every` steps."""
+    return settings(config)[0]
+
+
+def meta_test(judge: Judge, setting: Config, values: np.ndarray | None, split: str = "test") -> dict[str, Any]:
+    """One line of a result: the score and what it is a score of."""
+    found = score(judge.judge(values, setting, split, setting.eval.episodes)["accuracy"])
+    return {**found._asdict(), **described(setting)}
+
+
+def described(setting: Config) -> dict[str, Any]:
+    """What an evaluation was of; a key that `eval` leaves open is the task's or the method's."""
+    judged, task = setting.eval, setting.task
+    told: dict[str, Any] = {
+        "episodes": judged.episodes,
+        "ways": judged.ways or task.ways,
+        "shots": judged.shots or task.shots,
+        "queries": judged.queries or task.queries,
+        "transductive": task.transductive if judged.transductive is None else judged.transductive,
+    }
+    steps = judged.inner_steps
+    if steps is None:
+        steps = getattr(setting.algorithm, "inner_steps", None)
+    return told | ({"finetune_steps": judged.finetune_steps} if steps is None else {"inner_steps": steps})

@@ -1,0 +1,25 @@
+"""Backbones that are pure functions of explicit parameters."""
+
+from metadist.config import Model
+from metadist.errors import ConfigError
+from metadist.models.conv4 import Conv4
+from metadist.models.mlp import MLP
+from metadist.models.network import Network
+
+
+def build(model: Model, image: tuple[int, int, int], outputs: int | None) -> Network:
+    """The network that a config names, for images (channels, height, width); without head if outputs is None."""
+    if model.name == "mlp":
+        return MLP(image, outputs, model.width, model.layers, model.norm, model.activation)
+    if model.name != "stride2" and min(image[1:]) < 16:
+        raise ConfigError(f"model.name: {model.name} pools four times and needs images of 16 pixels or more")
+    return Conv4(
+        image,
+        outputs,
+        width=model.width,
+        strided=model.name == "stride2",
+        pooling=model.pool,
+        norm=model.norm,
+        activation=model.activation,
+        hidden=model.hidden if model.name == "conv4-fc" else None,
+    )

@@ -1,0 +1,88 @@
+"""Four convolutions: the MAML paper's stride-2 network, the pooled Conv4, and Conv4 with two linear layers.
+
+- `stride2` (Finn et al. 2017, Omniglot): 3 × 3 convolutions of stride 2, mean over space.
+- `conv4` (Vinyals et al. 2016, Snell et al. 2017): 3 × 3 convolutions, 2 × 2 pooling.
+- `conv4-fc`: conv4 and a linear layer of `hidden` units with activation; the second linear
+  layer is the head, or for a network without head an embedding of `hidden` units.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metadist.models.layers import (
+    ACTIVATIONS,
+    glorot,
+    init_head,
+    init_linear,
+    init_norm,
+    init_statistics,
+    linear,
+    normalise,
+    pool,
+)
+from metadist.models.network import Params, Statistics
+from metadist.models.patches import convolve
+
+BLOCKS = ("conv1", "conv2", "conv3", "conv4")
+
+
+@dataclass(frozen=True)
+class Conv4:
+    """image: (channels, height, width); outputs: units of the head, None for features."""
+
+    image: tuple[int, int, int]
+    outputs: int | None
+    width: int = 64
+    strided: bool = False
+    pooling: str = "max"
+    norm: str = "batch"
+    activation: str = "relu"
+    hidden: int | None = None
+
+    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+        params: dict[str, Tensor] = {}
+        channels = self.image[0]
+        for block in BLOCKS:
+            params[f"{block}.weight"] = glorot(generator, 3, 3, channels, self.width)
+            params |= init_norm(block, self.norm, self.width)
+            channels = self.width
+        features = self._flat_features()
+        if self.hidden is not None:
+            params |= init_linear("fc1", generator, features, self.hidden)
+            features = self.hidden
+            if self.outputs is None:
+                params |= init_linear("fc2", generator, features, self.hidden)
+        if self.outputs is not None:
+            params |= init_head(generator, features, self.outputs)
+        return params
+
+    def statistics(self) -> Statistics:
+        return {k: v for block in BLOCKS for k, v in init_statistics(block, self.norm, self.width).items()}
+
+    def __call__(self, params: Params, x: Tensor, statistics: Statistics | None = None) -> tuple[Tensor, Statistics]:
+        activate = ACTIVATIONS[self.activation]
+        used: Statistics = {}
+        x = x.permute(0, 2, 3, 1)
+        for block in BLOCKS:
+            x = convolve(x, params[f"{block}.weight"], stride=2 if self.strided else 1)
+            x = normalise(block, self.norm, params, x, statistics, used)
+            if self.strided:
+                x = activate(x)
+            elif self.pooling == "max":
+                # A maximum and a rising function commute; a quarter of the activations is enough.
+                x = activate(pool("max", x))
+            else:
+                x = pool("avg", activate(x))
+        x = x.mean((1, 2)) if self.strided else x.flatten(1)
+        if self.hidden is not None:
+            x = activate(linear("fc1", params, x))
+            if self.outputs is None:
+                x = linear("fc2", params, x)
+        return (x if self.outputs is None else linear("head", params, x)), used
+
+    def _flat_features(self) -> int:
+        if self.strided:
+            return self.width
+        return self.width * (self.image[1] // 16) * (self.image[2] // 16)

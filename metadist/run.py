@@ -1,0 +1,217 @@
+"""One run, from config to `result.json`: what `train`, a search trial and a submitted job all call."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metadist import __version__
+from metadist.config import Config, apply_overrides, refuse_changed_mathematics, resolve, validate
+from metadist.data.sources import check as check_source
+from metadist.data.sources import prepare
+from metadist.data.table import Table
+from metadist.engine.device import settle
+from metadist.engine.fingerprint import data_fingerprint, differences, fingerprint
+from metadist.engine.layout import sha256
+from metadist.errors import ConfigError, RunError
+from metadist.evaluation.protocol import check as check_evaluation
+from metadist.evaluation.protocol import meta_test, settings
+from metadist.runtime.aggregator import Snapshot
+from metadist.runtime.checkpoint import Best, load_checkpoint, newest_good
+from metadist.runtime.in_process import InProcess
+from metadist.runtime.journal import Journal, read_metrics
+from metadist.runtime.run_folder import RunFolder, fresh_name, refuse_existing
+from metadist.runtime.runtime import Runtime
+from metadist.runtime.train import Trainer
+from metadist.tasks.few_shot import training_tasks
+from metadist.tracking import follow
+from metadist.tracking.destination import check_uri, resolve_uri
+from metadist.tracking.progress import Progress, progress
+
+TRACKING_SECONDS = 20.0
+"""How long the end of a run waits for the tracking copy; it goes on by itself afterwards."""
+
+
+class Finished(NamedTuple):
+    """A run that is complete; `notes` are lines for the person."""
+
+    folder: Path
+    result: dict[str, Any]
+    notes: list[str]
+
+
+def train(config: Config, job: str, run_dir: Path | None = None, started: float | None = None) -> Finished:
+    """Meta-train a config into a new run folder. started: unix time of the process's start."""
+    path = run_dir or fresh_name(job)
+    refuse_existing(path)
+    config = with_tracking(resolve(config), path)
+    say = _printer()
+    tables = checked_tables(config, say)
+    runtime = start(config, tables, None, None, say)
+    try:
+        folder = RunFolder.create(path, config)
+        return _run(config, tables, folder, runtime, None, None, {}, started)
+    finally:
+        runtime.close()
+
+
+def resume(run_dir: Path, overrides: list[str], started: float | None = None) -> Finished:
+    """Go on with a run from its newest good checkpoint."""
+    say = _printer()
+    folder = RunFolder.open(run_dir)
+    before = folder.config()
+    raw = before.model_dump()
+    config = resolve(validate(apply_overrides(raw, overrides), "override"))
+    refuse_changed_mathematics(before, config)
+    done = folder.result()
+    if done is not None and done["meta_steps"] == config.outer.steps:
+        folder.unlock()
+        return Finished(run_dir, done, [f"{run_dir} is finished: {done['meta_steps']} meta-steps; nothing to do"])
+    config = with_tracking(config, run_dir)
+    tables = checked_tables(config, say)
+    found = newest_good(folder.checkpoints, say)
+    if found is None:
+        say(f"{run_dir} has no usable checkpoint; starting at step 0")
+    snapshot, best, record = found or (None, None, {})
+    if snapshot is not None and snapshot.step > config.outer.steps:
+        raise ConfigError(f"outer.steps: the run has done {snapshot.step} steps already; {config.outer.steps} are fewer")
+    probe = record.get("fingerprint", {}).get("probe")
+    now = fingerprint(config, tables)
+    then = {name: value for name, value in record.get("fingerprint", now).items() if name != "probe"}
+    if then.get("data") != now["data"]:
+        raise RunError(f"{run_dir}: the data are not those of the run: {differences(then, now)}")
+    told = differences(then, now)
+    if told:
+        say(f"warning: this machine has {told}; the run goes on, but not to the same bits (reproducible: false)")
+        record, probe = record | {"reproducible": False}, None
+    runtime = start(config, tables, snapshot, probe, say)
+    try:
+        folder.write_config(config)
+        (run_dir / "result.json").unlink(missing_ok=True)
+        return _run(config, tables, folder, runtime, snapshot, best, record, started)
+    finally:
+        runtime.close()
+
+
+def with_tracking(config: Config, path: Path) -> Config:
+    """The config with its tracking URI resolved for a run folder."""
+    check_uri(config.tracking.uri)
+    return config.with_values(tracking={"uri": resolve_uri(config.tracking.uri, path) or "off"})
+
+
+def checked_tables(config: Config, say: Callable[[str], None]) -> list[Table]:
+    """The run's data, after everything that can be refused has been."""
+    for source in config.data.sources:
+        check_source(source)
+    settle(config.engine) if config.cluster.workers == 0 else settle(config.engine.model_copy(update={"device": "cpu"}))
+    tables = [prepare(source, say) for source in config.data.sources]
+    training_tasks(config, tables, "cpu")
+    check_evaluation(config, tables)
+    return tables
+
+
+def start(
+    config: Config, tables: list[Table], snapshot: Snapshot | None, probe: str | None, say: Callable[[str], None]
+) -> Runtime:
+    """The runtime that the config names."""
+    if config.cluster.workers == 0:
+        return InProcess(config, tables, snapshot, probe)
+    from metadist.runtime.on_ray import OnRay
+
+    return OnRay(config, tables, snapshot, probe, say)
+
+
+def _run(
+    config: Config,
+    tables: list[Table],
+    folder: RunFolder,
+    runtime: Runtime,
+    snapshot: Snapshot | None,
+    best: Best | None,
+    record: dict[str, Any],
+    started: float | None,
+) -> Finished:
+    first = snapshot.step if snapshot else 0
+    rows = read_metrics(folder.path / "metrics.parquet", first)
+    follower = follow.start(folder.path, config)
+    try:
+        journal = Journal(folder.path, rows)
+        display: Progress = progress(config.outer.steps, config.cluster.workers)
+        trainer = Trainer(config, runtime, folder, journal, display, best, record)
+        try:
+            with display:
+                last = trainer.train(first)
+                display.done()
+            result = _result(config, tables, runtime, trainer, last)
+            folder.write_values("theta.safetensors", last.values)
+            journal.flush()
+            if trainer.best is not None:
+                state, _, _ = load_checkpoint(folder.checkpoints / f"step-{trainer.best.step}")
+                folder.write_values("best.safetensors", state.values)
+            journal.close()
+        except BaseException:
+            journal.abandon()
+            raise
+        result["wall_seconds"] = time.time() - (started or trainer.started)
+        folder.write_result(result)
+        folder.unlock()
+    finally:
+        note = follower.finish(TRACKING_SECONDS)
+    return Finished(folder.path, result, [note])
+
+
+def _result(
+    config: Config, tables: list[Table], runtime: Runtime, trainer: Trainer, last: Snapshot
+) -> dict[str, Any]:
+    import torch
+
+    from metadist.engine.engine import Blueprint
+
+    counts = runtime.counts()
+    tests: list[dict[str, Any]] = []
+    untrained = None
+    if config.eval.test:
+        first, *others = settings(config)
+        tests = [meta_test(runtime, setting, None) for setting in (first, *others)]
+        blueprint = Blueprint(config, tuple(tables[0].images.shape[1:]))  # type: ignore[arg-type]
+        found = meta_test(runtime, first, blueprint.initial())
+        untrained = {"accuracy": found["accuracy"], "ci95": found["ci95"]}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "metadist": __version__}
+    if config.cluster.workers:
+        import ray
+
+        versions["ray"] = ray.__version__
+    else:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            versions["ray"] = version("ray")
+        except PackageNotFoundError:
+            versions["ray"] = "absent"
+    return {
+        "theta_sha256": sha256({name: torch.from_numpy(np.array(value)) for name, value in last.values.items()}),
+        "meta_steps": last.step,
+        "steps_recomputed": trainer.recomputed,
+        "shards_recomputed": counts.recomputed,
+        "duplicates_dropped": counts.duplicates,
+        "workers": config.cluster.workers,
+        "shards_by_worker": counts.shards,
+        "device": config.engine.device,
+        "tasks_per_second": trainer.tasks_per_second,
+        "test": tests[0] if tests else None,
+        "also": tests[1:],
+        "untrained": untrained,
+        "best": trainer.best._asdict() if trainer.best else None,
+        "reproducible": trainer.record.get("reproducible", True),
+        "seed": config.seed,
+        "versions": versions,
+        "numeric_fingerprint": runtime.fingerprint,
+        "data_fingerprint": data_fingerprint(tables),
+    }
+
+
+def _printer() -> Callable[[str], None]:
+    return lambda line: print(line, file=sys.stderr, flush=True)

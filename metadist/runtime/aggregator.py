@@ -1,0 +1,135 @@
+"""The parameter aggregator: every shard's integers once, then one outer step.
+
+A plain class. It runs in the driver's process or, unchanged, as a Ray actor.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from metadist.config import Config
+from metadist.engine.device import one_thread
+from metadist.engine.engine import Blueprint
+from metadist.engine.exact import coarser, dequantise, first_exponents, next_exponents
+from metadist.runtime.outer import OuterStep, learning_rate, moved_state
+
+
+class Broadcast(NamedTuple):
+    """What a worker needs for the shards of one step: θ and state as one flat buffer, and the exponents."""
+
+    step: int
+    attempt: int
+    values: np.ndarray
+    exponents: np.ndarray
+
+
+class Snapshot(NamedTuple):
+    """The whole state of a run before meta-step `step`: what a checkpoint holds.
+
+    values: θ and state by name; memory: the optimizer's tensors by name; exponents: int64
+    per summed tensor.
+    """
+
+    step: int
+    values: dict[str, np.ndarray]
+    memory: dict[str, np.ndarray]
+    exponents: np.ndarray
+
+
+class Report(NamedTuple):
+    """What one meta-step says: means over its tasks, the gradient's norm, the rate."""
+
+    step: int
+    loss: float
+    accuracy: float
+    grad_norm: float
+    lr: float
+    finite: bool
+    missing: tuple[int, ...]
+    duplicates: int
+
+
+class Aggregator:
+    """θ, the running state, the optimizer and the sum of the current step."""
+
+    def __init__(self, config: Config, image: tuple[int, int, int], snapshot: Snapshot | None = None) -> None:
+        assert isinstance(config.task.shard, int)
+        self.config, self.blueprint = config, Blueprint(config, image)
+        self.shards = config.task.meta_batch // config.task.shard
+        theta, state = self.blueprint.theta, self.blueprint.state
+        self.step, self.exponents = 0, first_exponents(self.blueprint.sums)
+        if snapshot is not None:
+            values = {name: torch.from_numpy(np.array(value)) for name, value in snapshot.values.items()}
+            theta, state = {n: values[n] for n in theta}, {n: values[n] for n in state}
+            self.step, self.exponents = snapshot.step, np.array(snapshot.exponents)
+        self.state = dict(state)
+        self.outer = OuterStep(config.outer, theta)
+        if snapshot is not None:
+            self.outer.remember({name: torch.from_numpy(np.array(value)) for name, value in snapshot.memory.items()})
+        self._open(attempt=0)
+
+    def _open(self, attempt: int) -> None:
+        self.attempt, self.duplicates = attempt, 0
+        self.added: set[int] = set()
+        self.total = np.zeros(self.blueprint.sums.total, dtype=np.int64)
+
+    def broadcast(self) -> Broadcast:
+        """θ_t for the workers."""
+        theta = {name: value.detach() for name, value in self.outer.theta.items()}
+        return Broadcast(
+            self.step, self.attempt, self.blueprint.values.flatten(theta | self.state).numpy(), self.exponents
+        )
+
+    def add(self, step: int, attempt: int, shard: int, q: np.ndarray) -> bool:
+        """Count one shard. A repeated or late one is dropped: False."""
+        if (step, attempt) != (self.step, self.attempt) or shard in self.added:
+            self.duplicates += 1
+            return False
+        self.added.add(shard)
+        self.total += q
+        return True
+
+    def redo(self, step: int, attempt: int) -> Broadcast:
+        """Begin the step again with coarser exponents, after a shard exceeded its bound."""
+        if (step, attempt) == (self.step, self.attempt):
+            self.exponents = coarser(self.exponents)
+            self._open(attempt + 1)
+        return self.broadcast()
+
+    def apply(self, step: int) -> tuple[Report, Broadcast]:
+        """One outer step from the complete sum; without it nothing moves and the report says what is missing."""
+        missing = tuple(sorted(set(range(self.shards)) - self.added)) if step == self.step else tuple(range(self.shards))
+        if missing:
+            return Report(step, float("nan"), float("nan"), float("nan"), 0.0, True, missing, 0), self.broadcast()
+        tasks, layout = self.config.task.meta_batch, self.blueprint.sums
+        with one_thread():
+            mean = {name: value / tasks for name, value in dequantise(layout, self.total, self.exponents).items()}
+            norm = self.outer.step({name: mean[f"gradient.{name}"] for name in self.outer.names}, step)
+            self.state = moved_state(self.state, {name: mean[f"statistics.{name}"] for name in self.state})
+        self.exponents = next_exponents(layout, self.total, self.exponents)
+        duplicates = self.duplicates
+        self.step += 1
+        self._open(attempt=0)
+        broadcast = self.broadcast()
+        report = Report(
+            step,
+            float(mean["metric.loss"]),
+            float(mean["metric.accuracy"]),
+            norm,
+            learning_rate(self.config.outer, step),
+            bool(np.isfinite(broadcast.values).all()),
+            (),
+            duplicates,
+        )
+        return report, broadcast
+
+    def snapshot(self) -> Snapshot:
+        """The state now; copies, so that the next step does not move them."""
+        theta = {name: value.detach().clone() for name, value in self.outer.theta.items()}
+        return Snapshot(
+            self.step,
+            {name: value.clone().numpy() for name, value in (theta | self.state).items()},
+            {name: value.numpy() for name, value in self.outer.memory().items()},
+            self.exponents.copy(),
+        )

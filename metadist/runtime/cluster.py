@@ -1,0 +1,116 @@
+"""Getting a Ray cluster: our own on this machine, or one that is running.
+
+Only this module and `on_ray` import Ray.
+"""
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+from metadist.config import Cluster
+from metadist.errors import ClusterError
+
+OBJECT_STORE_BYTES = 512 * 2**20
+"""Of a local cluster: parameters and sums are small, the data lives in its own memory map."""
+
+
+def connect(cluster: Cluster) -> tuple[Any, bool]:
+    """Ray's module, connected, and whether this call connected it, so that its caller disconnects.
+
+    `local` starts a cluster of our own with as many logical CPUs and GPUs as the workers
+    ask for. Raises ClusterError in one line where nothing answers within `cluster.timeout`.
+    """
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
+    if cluster.address == "local":
+        _close_the_door()
+        import ray
+
+        if ray.is_initialized():
+            ray.shutdown()
+        ray.init(
+            address="local",
+            num_cpus=max(1, round(cluster.workers * _number(cluster.cpus) + 0.499)),
+            num_gpus=round(cluster.workers * _number(cluster.gpus) + 0.499),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **quiet,  # type: ignore[arg-type]
+        )
+        return ray, True
+    _expect_answer(cluster)
+    import ray
+
+    if ray.is_initialized():
+        return ray, False
+    try:
+        ray.init(address=cluster.address, namespace="metadist", **quiet)  # type: ignore[arg-type]
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise ClusterError(f"cluster.address: no Ray cluster answers at {cluster.address}: {line}") from error
+    return ray, True
+
+
+def disconnect() -> None:
+    """Leave the cluster; end it if it is ours."""
+    import ray
+
+    ray.shutdown()
+
+
+def check_resources(ray: Any, cluster: Cluster) -> None:
+    """Refuse in one line what the cluster can never hold."""
+    total = ray.cluster_resources()
+    for kind, each in (("CPU", _number(cluster.cpus)), ("GPU", _number(cluster.gpus))):
+        needed, there = cluster.workers * each, total.get(kind, 0.0)
+        if needed > there:
+            raise ClusterError(
+                f"cluster.workers: {cluster.workers} workers with {each:g} {kind} each need {needed:g}, the cluster at "
+                f"{cluster.address} has {there:g}; at most {int(there // each)} workers are valid"
+            )
+
+
+def _number(value: float | str) -> float:
+    """A resolved resource."""
+    assert not isinstance(value, str), "resolve() comes first"
+    return value
+
+
+def _close_the_door() -> None:
+    """Token authentication for a cluster of our own, unless the environment says otherwise.
+
+    The token lives in the environment of our own processes only: left to itself, Ray writes
+    one into the home folder, and clusters started later change their mode because of it.
+    """
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _expect_answer(cluster: Cluster) -> None:
+    """Ask before `ray.init`, which waits for minutes at an address where nobody is."""
+    address = cluster.address
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ClusterError(f"cluster.address: {address!r} is no address; valid: local, auto, HOST:PORT, ray://HOST:PORT")
+    deadline = time.monotonic() + min(cluster.timeout, 45)
+    try:
+        socket.create_connection((host, int(port)), timeout=min(cluster.timeout, 10)).close()
+    except OSError as error:
+        raise ClusterError(f"cluster.address: no Ray cluster answers at {address}: {error.strerror or error}") from error
+    if address.startswith("ray://"):
+        return
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        asked = subprocess.run(command, capture_output=True, timeout=max(5, deadline - time.monotonic()), check=False)
+    except subprocess.TimeoutExpired:
+        asked = None
+    if asked is None or asked.returncode != 0:
+        raise ClusterError(f"cluster.address: something listens at {address}, but it does not answer as a Ray cluster")

@@ -1,0 +1,327 @@
+"""Workers and aggregator as Ray actors, and the driver's side of them.
+
+Every shard goes worker → aggregator without passing through the driver, which sees
+receipts only. The next step's shards are handed out while the aggregator still takes the
+outer step: they wait for θ where they are, not here.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metadist.config import Config
+from metadist.data.table import Table
+from metadist.engine.fingerprint import differences
+from metadist.errors import ClusterError, MetadistError
+from metadist.runtime.aggregator import Aggregator, Report, Snapshot
+from metadist.runtime.cluster import check_resources, connect, disconnect
+from metadist.runtime.dispatcher import Dispatcher
+from metadist.runtime.runtime import AggregatorLost, Counts, Later, NotFinite, Say
+from metadist.runtime.worker import Introduction, Receipt, Worker
+
+MOST_DEATHS_IN_A_ROW = 5
+"""Workers that may die one after the other before any of them finishes anything."""
+
+
+class Shard(NamedTuple):
+    """A shard of a meta-step; a step that is done again with coarser exponents is a new attempt."""
+
+    step: int
+    attempt: int
+    shard: int
+
+
+class Judgement(NamedTuple):
+    """Some tasks of an evaluation."""
+
+    evaluation: int
+    first: int
+    tasks: int
+
+
+Item = Shard | Judgement
+
+
+class OnRay:
+    """`cluster.workers` ≥ 1."""
+
+    def __init__(
+        self, config: Config, tables: Sequence[Table], snapshot: Snapshot | None, probe: str | None, say: Say
+    ) -> None:
+        self.config, self.say, self.expected_probe = config, say, probe
+        self.paths = [str(table.path) for table in tables]
+        self.image: tuple[int, int, int] = tuple(tables[0].images.shape[1:])  # type: ignore[assignment]
+        self.ray, self._ours = connect(config.cluster)
+        self.fingerprint: dict[str, str] = {}
+        self.pids: dict[str, int] = {}
+        self._actors: dict[str, Any] = {}
+        self._arriving: dict[Any, str] = {}
+        self._calls: dict[Any, tuple[str, Item, Any]] = {}
+        self._failures: dict[Item, int] = {}
+        self._shards: dict[str, int] = {}
+        self._born = self._deaths = self._recomputed = self._duplicates = 0
+        self._evaluations = 0
+        self._dispatcher: Dispatcher[Item] = Dispatcher()
+        assert isinstance(config.task.shard, int)
+        self._size = config.task.shard
+        self._per_step = config.task.meta_batch // config.task.shard
+        try:
+            check_resources(self.ray, config.cluster)
+            self._start_aggregator(snapshot)
+            for _ in range(config.cluster.workers):
+                self._hire()
+            self._first_worker()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start_aggregator(self, snapshot: Snapshot | None) -> None:
+        actor = self.ray.remote(Aggregator).options(num_cpus=0, max_restarts=0)
+        self._aggregator = actor.remote(self.config, self.image, snapshot)
+        self._broadcast = self._aggregator.broadcast.remote()
+
+    # --- workers -------------------------------------------------------------
+
+    @property
+    def workers(self) -> int:
+        return len(self._dispatcher.held)
+
+    def _hire(self) -> None:
+        """Start a worker; it joins when it has introduced itself."""
+        name = f"worker-{self._born}"
+        self._born += 1
+        cluster = self.config.cluster
+        actor = self.ray.remote(Worker).options(num_cpus=cluster.cpus, num_gpus=cluster.gpus, max_restarts=0)
+        self._actors[name] = actor.remote(self.config, self.paths)
+        self._arriving[self._actors[name].introduce.remote()] = name
+
+    def _first_worker(self) -> None:
+        """Wait until one worker is ready, and in the same moment for those that come with it."""
+        deadline = time.monotonic() + self.config.cluster.timeout
+        while not self._dispatcher.held:
+            self._events(timeout=1.0)
+            if time.monotonic() > deadline and not self._dispatcher.held:
+                raise ClusterError(
+                    f"cluster.timeout: no worker was ready within {self.config.cluster.timeout:g} s; "
+                    f"the cluster has {self.ray.available_resources().get('CPU', 0):g} CPUs free"
+                )
+        self._settle_arrivals(deadline)
+
+    def _settle_arrivals(self, deadline: float) -> None:
+        """Workers started together take part together, so that each has some of the first shards."""
+        while self._arriving and time.monotonic() < deadline:
+            self._events(timeout=1.0)
+
+    def _arrived(self, name: str, introduction: Introduction) -> None:
+        """Admit a worker whose bits are the run's."""
+        found = introduction.fingerprint | {"probe": introduction.probe}
+        if not self.fingerprint:
+            self.fingerprint = found
+            if self.expected_probe not in (None, introduction.probe):
+                raise ClusterError(
+                    f"the probe shard hashes to {introduction.probe[:12]} on {introduction.host}, "
+                    f"the run's is {str(self.expected_probe)[:12]}: other hardware or libraries give other bits"
+                )
+        told = differences(self.fingerprint, found)
+        if told:
+            self._dismiss(name)
+            self.say(f"refused a worker on {introduction.host} (process {introduction.pid}): it has {told}")
+            return
+        self.pids[name] = introduction.pid
+        self._shards.setdefault(str(introduction.pid), 0)
+        self._dispatcher.join(name)
+
+    def _dismiss(self, name: str) -> None:
+        actor = self._actors.pop(name, None)
+        if actor is not None:
+            self.ray.kill(actor)
+
+    def _lost(self, name: str, reason: str) -> None:
+        """A worker died: its shards are pending again, and another one is started."""
+        if name not in self._actors:
+            return
+        del self._actors[name]
+        lost = self._dispatcher.leave(name)
+        self._recomputed += sum(isinstance(item, Shard) for item in lost)
+        self._calls = {ref: call for ref, call in self._calls.items() if call[0] != name}
+        self._deaths += 1
+        if self._deaths >= MOST_DEATHS_IN_A_ROW:
+            raise ClusterError(f"{self._deaths} workers died one after the other; the last one: {reason}")
+        self.say(f"worker {self.pids.get(name, name)} died ({reason}); {len(lost)} of its shards are computed again")
+        self._hire()
+
+    # --- handing out and taking in -------------------------------------------
+
+    def _hand_out(self, judged: tuple[Any, Config, str] | None = None) -> None:
+        for name, item in self._dispatcher.assign():
+            actor = self._actors[name]
+            if isinstance(item, Shard):
+                receipt, q = actor.compute.options(num_returns=2).remote(self._broadcast, *item)
+                self._calls[receipt] = (name, item, q)
+            else:
+                assert judged is not None
+                values, config, split = judged
+                found = actor.judge.remote(values, config, split, item.first, item.tasks)
+                self._calls[found] = (name, item, None)
+
+    def _events(self, timeout: float | None = None) -> list[tuple[str, Item, Any, Any]]:
+        """Results that came in: (worker, item, receipt or judgement, reference of the sums)."""
+        from ray.exceptions import RayActorError, RayError, RayTaskError
+
+        waiting = [*self._calls, *self._arriving]
+        if not waiting:
+            raise ClusterError("no worker is left: each one was refused, because its bits differ from the run's")
+        ready, _ = self.ray.wait(waiting, num_returns=1, timeout=timeout, fetch_local=True)
+        results = []
+        for ref in ready:
+            name = self._arriving[ref] if ref in self._arriving else self._calls[ref][0] if ref in self._calls else None
+            if name is None:
+                continue  # its worker was lost while we looked at another result
+            try:
+                value = self.ray.get(ref)
+            except RayTaskError as error:
+                if isinstance(error.cause, MetadistError):
+                    raise error.cause from error
+                raise
+            except RayActorError as error:
+                self._arriving.pop(ref, None)
+                self._lost(name, _first_line(error))
+                continue
+            except RayError as error:  # the result was lost with its node, or never fitted the memory
+                self._arriving.pop(ref, None)
+                self._lost(name, _first_line(error))
+                continue
+            if ref in self._arriving:
+                del self._arriving[ref]
+                self._arrived(name, value)
+            else:
+                _, item, q = self._calls.pop(ref)
+                results.append((name, item, value, q))
+                self._deaths = 0
+        return results
+
+    # --- a step --------------------------------------------------------------
+
+    def begin(self, step: int) -> None:
+        self._acks: list[Any] = []
+        self._attempt = 0
+        self._open_step(step)
+
+    def _open_step(self, step: int) -> None:
+        self._dispatcher.drop()
+        self._failures.clear()
+        self._dispatcher.add(Shard(step, self._attempt, shard) for shard in range(self._per_step))
+        self._hand_out()
+
+    def finish(self, step: int) -> None:
+        while self._dispatcher.open:
+            for name, item, receipt, q in self._events():
+                if isinstance(item, Shard) and isinstance(receipt, Receipt):
+                    self._take(step, name, item, receipt, q)
+            self._hand_out()
+
+    def _take(self, step: int, name: str, item: Shard, receipt: Receipt, q: Any) -> None:
+        if item not in self._dispatcher.open:
+            self._dispatcher.done(name, item)
+            self._duplicates += 1
+        elif not receipt.current:
+            raise AggregatorLost(f"step {step}: the aggregator's parameters are of another step")
+        elif not receipt.finite:
+            self._recomputed += 1
+            self._failures[item] = self._failures.get(item, 0) + 1
+            if self._failures[item] > 1:
+                raise NotFinite(step, item.shard)
+            self._dispatcher.again(name, item)
+        elif not receipt.fits:
+            self._recomputed += self._per_step
+            self._dispatcher.done(name, item)
+            self._broadcast = self._aggregator.redo.remote(step, self._attempt)
+            self._attempt += 1
+            self._open_step(step)
+        elif self._dispatcher.done(name, item):
+            self._shards[str(receipt.pid)] = self._shards.get(str(receipt.pid), 0) + 1
+            # Calls from one driver to one actor run in order, so this is counted before `apply`.
+            self._acks.append(self._aggregator.add.remote(item.step, item.attempt, item.shard, q))
+
+    def apply(self, step: int) -> Later:
+        report, self._broadcast = self._aggregator.apply.options(num_returns=2).remote(step)
+        acks, self._acks = self._acks, []
+
+        def later() -> Report:
+            from ray.exceptions import RayError
+
+            try:
+                self.ray.get(acks)
+                found: Report = self.ray.get(report)
+            except RayError as error:
+                raise AggregatorLost(f"step {step}: the aggregator was lost: {_first_line(error)}") from error
+            if found.missing:
+                raise AggregatorLost(f"step {step}: shards {found.missing} did not reach the aggregator")
+            self._duplicates += found.duplicates
+            return found
+
+        return later
+
+    def snapshot(self) -> Callable[[], Snapshot]:
+        taken = self._aggregator.snapshot.remote()
+
+        def later() -> Snapshot:
+            from ray.exceptions import RayError
+
+            try:
+                found: Snapshot = self.ray.get(taken)
+            except RayError as error:
+                raise AggregatorLost(f"the aggregator was lost: {_first_line(error)}") from error
+            return found
+
+        return later
+
+    def restart(self, snapshot: Snapshot | None) -> None:
+        self.ray.kill(self._aggregator)
+        self._start_aggregator(snapshot)
+
+    # --- evaluation ----------------------------------------------------------
+
+    def judge(self, values: np.ndarray | None, judged: Config, split: str, episodes: int) -> dict[str, np.ndarray]:
+        from ray.exceptions import RayError
+
+        try:
+            current = self.ray.get(self._broadcast).values if values is None else values
+        except RayError as error:
+            raise AggregatorLost(f"the aggregator was lost: {_first_line(error)}") from error
+        shared = self.ray.put(current)
+        self._evaluations += 1
+        self._dispatcher.drop()
+        self._dispatcher.add(
+            Judgement(self._evaluations, first, min(self._size, episodes - first))
+            for first in range(0, episodes, self._size)
+        )
+        found: dict[int, dict[str, np.ndarray]] = {}
+        self._hand_out((shared, judged, split))
+        while self._dispatcher.open:
+            for name, item, value, _ in self._events():
+                if self._dispatcher.done(name, item) and isinstance(item, Judgement):
+                    found[item.first] = value
+            self._hand_out((shared, judged, split))
+        parts = [found[first] for first in sorted(found)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    # --- the rest ------------------------------------------------------------
+
+    def counts(self) -> Counts:
+        return Counts(dict(self._shards), self._recomputed, self._duplicates)
+
+    def close(self) -> None:
+        for name in list(self._actors):
+            self._dismiss(name)
+        if hasattr(self, "_aggregator"):
+            self.ray.kill(self._aggregator)
+        if self._ours:
+            disconnect()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,143 @@
+"""The training loop: steps, validations and checkpoints, for any runtime."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from metadist.config import Config
+from metadist.errors import Divergence
+from metadist.evaluation.protocol import Score, score, validation_settings
+from metadist.runtime.aggregator import Report, Snapshot
+from metadist.runtime.checkpoint import Best, newest_good, prune, save_checkpoint
+from metadist.runtime.journal import Journal
+from metadist.runtime.run_folder import RunFolder
+from metadist.runtime.runtime import AggregatorLost, Later, NotFinite, Runtime
+from metadist.tracking.progress import Progress
+
+
+class Trainer:
+    """One run's loop with what it has to remember."""
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        folder: RunFolder,
+        journal: Journal,
+        display: Progress,
+        best: Best | None,
+        record: dict[str, Any],
+    ) -> None:
+        self.config, self.runtime, self.folder = config, runtime, folder
+        self.journal, self.display, self.best = journal, display, best
+        self.record = {
+            "fingerprint": runtime.fingerprint,
+            "reproducible": record.get("reproducible", True),
+            "steps_recomputed": record.get("steps_recomputed", 0),
+        }
+        self.recomputed: int = self.record["steps_recomputed"]
+        self.started = time.time()
+        self._done_here, self._training = 0, 0.0
+
+    @property
+    def tasks_per_second(self) -> float:
+        """Of training alone, validations and start-up aside."""
+        return self._done_here * self.config.task.meta_batch / self._training if self._training else 0.0
+
+    def train(self, first: int) -> Snapshot:
+        """Run meta-steps first … outer.steps−1; returns the final state. Raises Divergence."""
+        step = first
+        self.display.start(first)
+        while True:
+            try:
+                return self._steps(step)
+            except AggregatorLost as lost:
+                step = self._go_back(lost)
+
+    def _steps(self, first: int) -> Snapshot:
+        steps, task = self.config.outer.steps, self.config.task
+        report: Later | None = None
+        seconds = 0.0
+        for step in range(first, steps):
+            began = time.perf_counter()
+            self.runtime.begin(step)
+            if report is not None:  # the workers are busy with this step: time to tell of the one before
+                self._log(report(), seconds, task.meta_batch)
+            try:
+                self.runtime.finish(step)
+            except NotFinite as problem:
+                self._stop(problem)
+            report = self.runtime.apply(step)
+            done = step + 1
+            validate = bool(self.config.eval.every) and (done % self.config.eval.every == 0 or done == steps)
+            save = done % self.config.checkpoint.every == 0 or done == steps
+            if validate or save:
+                told, report = report(), None
+                seconds = time.perf_counter() - began
+                self._log(told, seconds, task.meta_batch)
+            seconds = time.perf_counter() - began
+            self._training += seconds
+            self._done_here += 1
+            if validate:
+                save = self._validate(done) or save
+            if save:
+                self._checkpoint(self.runtime.snapshot())
+        return self.runtime.snapshot()()
+
+    def _log(self, report: Report, seconds: float, tasks: int) -> None:
+        if not report.finite:
+            raise Divergence(f"step {report.step}: the meta-parameters are not finite after the outer step")
+        rate = tasks / seconds
+        self.journal.row(
+            report.step + 1,
+            loss=report.loss,
+            accuracy=report.accuracy,
+            grad_norm=report.grad_norm,
+            lr=report.lr,
+            tasks_per_second=rate,
+            seconds=seconds,
+        )
+        self.display.step(report.step + 1, report.loss, report.accuracy, rate, self.runtime.workers)
+
+    def _validate(self, done: int) -> bool:
+        """Judge the state on meta-validation; whether it is the best so far."""
+        setting = validation_settings(self.config)
+        found: Score = score(self.runtime.judge(None, setting, "val", self.config.eval.val_episodes)["accuracy"])
+        better = self.best is None or found.accuracy > self.best.accuracy
+        if better:
+            self.best = Best(done, found.accuracy, found.ci95)
+        self.journal.row(done, val_accuracy=found.accuracy, val_ci95=found.ci95)
+        self.display.validation(done, found.accuracy, found.ci95, better)
+        return better
+
+    def _checkpoint(self, later: Callable[[], Snapshot]) -> None:
+        best, record = self.best, {**self.record, "steps_recomputed": self.recomputed}
+        folder, keep = self.folder.checkpoints, self.config.checkpoint.keep
+
+        def save() -> None:
+            save_checkpoint(folder, later(), best, record)
+            prune(folder, keep, best)
+
+        self.journal.later(save)
+
+    def _stop(self, problem: NotFinite) -> None:
+        """Divergence: θ was never touched by the bad shard, so the state before the step is good; keep it."""
+        snapshot = self.runtime.snapshot()()
+        save_checkpoint(self.folder.checkpoints, snapshot, self.best, self.record)
+        raise Divergence(
+            f"diverged at {problem}; the state before it is kept in {self.folder.checkpoints}/step-{snapshot.step}; "
+            f"a smaller algorithm.inner_lr or outer.lr, or outer.clip, may help"
+        ) from problem
+
+    def _go_back(self, lost: AggregatorLost) -> int:
+        """The aggregator is gone: a new one from the newest checkpoint; the steps since are computed again."""
+        at = self.journal.rows[-1]["step"] if self.journal.rows else 0
+        self.journal.flush()
+        found = newest_good(self.folder.checkpoints, self.display.note)
+        snapshot, self.best = (found[0], found[1]) if found else (None, None)
+        step = snapshot.step if snapshot else 0
+        self.recomputed += max(0, int(at) - step)
+        self.journal.cut(step)
+        self.display.note(f"{lost}; going on from step {step}")
+        self.runtime.restart(snapshot)
+        return step

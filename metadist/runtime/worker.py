@@ -1,0 +1,81 @@
+"""A worker: samples its tasks, adapts to them and returns integer sums.
+
+A plain class. It runs in the driver's process or, unchanged, as a Ray actor. It keeps no
+state between calls, so that any worker can compute any shard.
+"""
+
+import hashlib
+import os
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from metadist.config import Config
+from metadist.data.sources import prepare
+from metadist.data.table import Table, open_table
+from metadist.engine.engine import Engine
+from metadist.engine.exact import first_exponents
+from metadist.engine.fingerprint import fingerprint
+from metadist.runtime.aggregator import Broadcast
+
+
+class Introduction(NamedTuple):
+    """What a worker says of itself when it is ready: its fingerprint and the hash of the probe shard."""
+
+    pid: int
+    host: str
+    gpus: tuple[str, ...]
+    fingerprint: dict[str, str]
+    probe: str
+
+
+class Receipt(NamedTuple):
+    """What goes to the driver about a computed shard; the sums themselves go to the aggregator."""
+
+    pid: int
+    finite: bool
+    fits: bool
+    current: bool
+    seconds: float
+
+
+def open_tables(config: Config, paths: Sequence[str]) -> list[Table]:
+    """The run's tables: those the driver built where this machine has them, else built here."""
+    return [
+        open_table(Path(path)) if Path(path).exists() else prepare(source)
+        for source, path in zip(config.data.sources, paths, strict=True)
+    ]
+
+
+class Worker:
+    """Computes shards and evaluation tasks of one run."""
+
+    def __init__(self, config: Config, paths: Sequence[str]) -> None:
+        self.config = config
+        self.tables = open_tables(config, paths)
+        self.engine = Engine(config, self.tables)
+
+    def introduce(self) -> Introduction:
+        """Compute the probe shard, the first of the run at initial θ, and say who is here."""
+        blueprint = self.engine.blueprint
+        part = self.engine.part(blueprint.initial(), first_exponents(blueprint.sums), 0, 0)
+        probe = hashlib.sha256(part.q.astype("<i8").tobytes() + bytes([part.finite, part.fits])).hexdigest()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        gpus = tuple(name for name in visible.split(",") if name)
+        return Introduction(os.getpid(), socket.gethostname(), gpus, fingerprint(self.config, self.tables), probe)
+
+    def compute(self, broadcast: Broadcast, step: int, attempt: int, shard: int) -> tuple[Receipt, np.ndarray]:
+        """One shard of one step; nothing is computed from a broadcast of another step."""
+        started = time.perf_counter()
+        if (broadcast.step, broadcast.attempt) != (step, attempt):
+            return Receipt(os.getpid(), True, True, False, 0.0), np.zeros(0, dtype=np.int64)
+        part = self.engine.part(broadcast.values, broadcast.exponents, step, shard)
+        return Receipt(os.getpid(), part.finite, part.fits, True, time.perf_counter() - started), part.q
+
+    def judge(self, values: np.ndarray, judged: Config, split: str, first: int, tasks: int) -> dict[str, np.ndarray]:
+        """Accuracy and loss of evaluation tasks first … first+tasks−1."""
+        return self.engine.judge(values, judged, split, first, tasks)

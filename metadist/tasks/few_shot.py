@@ -1,0 +1,186 @@
+"""N-way K-shot classification episodes, sampled by counter.
+
+Task `i` of step `t` is a pure function of (seed, split, t, i). Its classes come from one
+pool: all classes of a split, or with `within_group` the classes of one group (each
+language a task). A mixture of data sets picks the data set first, by weight.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from metadist.config import Config
+from metadist.data.table import Table
+from metadist.errors import DataError
+from metadist.tasks.counter import below, distinct, key
+from metadist.tasks.episode import Episode, Examples
+
+SPLITS = {"train": 0, "val": 1, "test": 2}
+
+# Streams of one task: which draw belongs to which question.
+_SOURCE, _POOL, _CLASSES, _EXAMPLES = range(4)
+
+
+class FewShot:
+    """The episodes of one split.
+
+    tables: data sets with images of one shape; weights: their integer shares.
+    Raises DataError where the classes or examples do not suffice; `keys` names the
+    config section in that message.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        weights: Sequence[int],
+        split: str,
+        *,
+        seed: int,
+        ways: int,
+        shots: int,
+        queries: int,
+        within_group: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        keys: str = "task",
+    ) -> None:
+        self.seed, self.split, self.ways, self.shots, self.queries = seed, split, ways, shots, queries
+        self.dtype, self.device = dtype, torch.device(device)
+        shapes = {tuple(table.images.shape[1:]) for table in tables}
+        if len(shapes) > 1:
+            told = ", ".join(f"{table.name} {'×'.join(map(str, table.images.shape[1:]))}" for table in tables)
+            raise DataError(f"data.name: the images of a mixture must have one shape, these have {told}")
+        self.shape = shapes.pop()
+        starts, counts, sources, pool_first, pool_size, pool_offset, pools = [], [], [], [], [], [], []
+        classes = 0
+        for number, table in enumerate(tables):
+            part = table.splits[split]
+            starts.append(part.start)
+            counts.append(part.count)
+            sources.append(torch.full_like(part.start, number))
+            groups = _pools(table, split, ways, within_group, keys)
+            _check_examples(table, split, shots, queries, keys)
+            pool_offset.append(len(pool_first))
+            pools.append(len(groups))
+            for first, size in groups:
+                pool_first.append(classes + first)
+                pool_size.append(size)
+            classes += len(part.start)
+        self._images = [table.images.to(self.device) for table in tables]
+        self._start, self._count, self._source = (torch.cat(x).to(self.device) for x in (starts, counts, sources))
+        self._pool_first, self._pool_size, self._pool_offset, self._pools, self._weights = (
+            torch.tensor(x, device=self.device) for x in (pool_first, pool_size, pool_offset, pools, list(weights))
+        )
+        self._labels = torch.arange(ways, device=self.device)
+
+    def indices(self, step: int, first: int, tasks: int) -> tuple[Tensor, Tensor]:
+        """Classes [tasks, ways] and table rows [tasks, ways, shots + queries], int64, of tasks first … first+tasks−1."""
+        number = torch.arange(first, first + tasks, device=self.device)
+        task = key(self.seed, SPLITS[self.split], step, number, device=self.device)
+        total = self._weights.cumsum(0)
+        lot = below(key_of(task, _SOURCE), 0, total[-1])
+        source = torch.searchsorted(total, lot, right=True)
+        pool = self._pool_offset[source] + below(key_of(task, _POOL), 0, self._pools[source])
+        size = self._pool_size[pool]
+        classes = self._pool_first[pool][:, None] + distinct(key_of(task, _CLASSES), size, self.ways)
+        way = torch.arange(self.ways, device=self.device)
+        example = key_of(key_of(task, _EXAMPLES)[:, None], way).flatten()
+        amount = self.shots + self.queries
+        rows = distinct(example, self._count[classes.flatten()], amount).view(tasks, self.ways, amount)
+        return classes, self._start[classes][..., None] + rows
+
+    def sample(self, step: int, first: int, tasks: int) -> Episode:
+        """Tasks first … first+tasks−1 of a meta-step as one batch with a leading task axis.
+
+        support.x: [tasks, ways·shots, channels, height, width] in [0, 1], of `dtype`;
+        query likewise; the examples stand shot by shot.
+        """
+        classes, rows = self.indices(step, first, tasks)
+        rows = rows.transpose(1, 2)  # shot by shot
+        x = self._pixels(self._source[classes][:, None].expand_as(rows), rows)
+        y = self._labels.expand(tasks, self.shots + self.queries, self.ways)
+        cut = self.shots
+        return Episode(
+            Examples(x[:, :cut].flatten(1, 2), y[:, :cut].flatten(1, 2)),
+            Examples(x[:, cut:].flatten(1, 2), y[:, cut:].flatten(1, 2)),
+        )
+
+    def _pixels(self, source: Tensor, rows: Tensor) -> Tensor:
+        if len(self._images) == 1:
+            picked = self._images[0][rows]
+        else:
+            picked = torch.empty(*rows.shape, *self.shape, dtype=torch.uint8, device=self.device)
+            for number, images in enumerate(self._images):
+                here = source == number
+                picked[here] = images[rows[here]]
+        return picked.to(self.dtype) / 255
+
+
+def key_of(keys: Tensor, coordinate: int | Tensor) -> Tensor:
+    """The keys of a sub-stream."""
+    return key(0, keys, coordinate, device=keys.device)
+
+
+def _pools(table: Table, split: str, ways: int, within_group: bool, keys: str) -> list[tuple[int, int]]:
+    """(first class, classes) of every pool that can fill an episode."""
+    part = table.splits[split]
+    if not within_group:
+        if ways > len(part.start):
+            raise DataError(
+                f"{keys}.ways: {ways} ways, but meta-{split} of {table.name} has {len(part.start)} classes; "
+                f"at most {len(part.start)} is valid"
+            )
+        return [(0, len(part.start))]
+    pools = [(first, size) for _, first, size in part.groups if size >= ways]
+    if not pools:
+        largest = max(size for _, _, size in part.groups)
+        raise DataError(
+            f"{keys}.ways: {ways} ways, but no group of meta-{split} of {table.name} has more than {largest} classes; "
+            f"at most {largest} is valid with task.within_group"
+        )
+    return pools
+
+
+def _check_examples(table: Table, split: str, shots: int, queries: int, keys: str) -> None:
+    fewest = int(table.splits[split].count.min())
+    if shots + queries > fewest:
+        raise DataError(
+            f"{keys}.shots + {keys}.queries: {shots} + {queries} examples per class, but a class in meta-{split} of "
+            f"{table.name} has {fewest}; at most {fewest} together is valid"
+        )
+
+
+def training_tasks(config: Config, tables: Sequence[Table], device: torch.device | str) -> FewShot:
+    """The episodes of meta-training."""
+    task = config.task
+    return FewShot(
+        tables,
+        [source.weight for source in config.data.sources],
+        "train",
+        seed=config.seed,
+        ways=task.ways,
+        shots=task.shots,
+        queries=task.queries,
+        within_group=task.within_group,
+        dtype=getattr(torch, config.engine.dtype),
+        device=device,
+    )
+
+
+def evaluation_tasks(config: Config, tables: Sequence[Table], split: str, device: torch.device | str) -> FewShot:
+    """The episodes of a validation or meta-test; what `eval` leaves open is the task's."""
+    task, judged = config.task, config.eval
+    return FewShot(
+        tables,
+        [source.weight for source in config.data.sources],
+        split,
+        seed=config.seed,
+        ways=judged.ways or task.ways,
+        shots=judged.shots or task.shots,
+        queries=judged.queries or task.queries,
+        within_group=task.within_group,
+        dtype=getattr(torch, config.engine.dtype),
+        device=device,
+        keys="eval" if (judged.ways or judged.shots or judged.queries) else "task",
+    )

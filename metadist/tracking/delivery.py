@@ -1,0 +1,71 @@
+"""How much of a run has been delivered: `RUN/tracking.json`, and the lock that keeps one writer."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@dataclasses.dataclass
+class Delivery:
+    """What the tracking server has confirmed, written after each confirmed piece.
+
+    A crash between the confirmation and the file repeats one piece at most; MLflow
+    keeps one copy of a metric point that arrives twice.
+    """
+
+    uri: str = ""
+    experiment: str = ""
+    experiment_id: str = ""
+    token: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+    """A tag of the MLflow run, by which one is found whose creation was not confirmed."""
+    run_id: str | None = None
+    delivered: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Metric → last delivered step; each its own, because a validation may be written after its row."""
+    config_sha256: str | None = None
+    result_sha256: str | None = None
+    """The result that `model_id`, `model_logged` and `finished` speak of."""
+    model_id: str | None = None
+    model_logged: bool = False
+    finished: bool = False
+    problem: str | None = None
+    """Why the last attempt did not deliver everything."""
+
+    @property
+    def delivered_step(self) -> int:
+        """The last meta-step of which anything was delivered; -1 before the first."""
+        return max(self.delivered.values(), default=-1)
+
+
+def read(run_dir: Path) -> Delivery:
+    """The delivery of a run; a fresh one where nothing, or nothing readable, was delivered yet."""
+    try:
+        raw = json.loads((run_dir / "tracking.json").read_text(encoding="utf-8"))
+        known = {field.name for field in dataclasses.fields(Delivery)}
+        return Delivery(**{key: value for key, value in raw.items() if key in known})
+    except (OSError, ValueError, AttributeError):
+        return Delivery()
+
+
+def write(run_dir: Path, delivery: Delivery) -> None:
+    """Replace `tracking.json` atomically. Not fsynced: a lost update repeats a piece, nothing more."""
+    temporary = run_dir / f".tracking.json.{os.getpid()}"
+    temporary.write_text(json.dumps(dataclasses.asdict(delivery), indent=1) + "\n", encoding="utf-8")
+    temporary.replace(run_dir / "tracking.json")
+
+
+@contextlib.contextmanager
+def lock(path: Path, wait: bool) -> Iterator[bool]:
+    """An exclusive lock that dies with its process. Yields whether it is ours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
