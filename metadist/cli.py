@@ -122,7 +122,9 @@ def _show(finished: object) -> None:
 @app.command()
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(help="folder of a finished run")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as eval.shots=5")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as eval.shots=5")
+    ] = None,
     best: Annotated[bool, typer.Option("--best", help="the best state on validation instead of the last")] = False,
     split: Annotated[str, typer.Option(help="test or val")] = "test",
 ) -> None:
@@ -192,6 +194,24 @@ def data_show(
         table = prepare(Source(name=name, root=root, split=split), lambda line: print(line, file=sys.stderr))
         save_sheet(table, out, split=part)
         print(f"wrote {out}")
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Argument(help="workers")],
+    out: Annotated[Path | None, typer.Option(help="folder for bench.json, bench.parquet and bench.png")] = None,
+) -> None:
+    """Measure speed: a table, and with --out its figures as files."""
+    with told_in_one_line():
+        from rich.console import Console
+
+        from metadist.bench.record import save, show
+        from metadist.bench.suites import run
+
+        rows = run(suite, lambda line: print(line, file=sys.stderr, flush=True))
+        show(Console(), suite, rows)
+        for path in save(out, suite, rows) if out is not None else []:
+            print(f"wrote {path}")
 
 
 @track_app.command("sync")

@@ -501,8 +501,8 @@ def _tree_at(path: Sequence[str], tag: str | None) -> type[Tree] | None:
         node = node.model_fields[part].annotation
         candidates = [a for a in _leaves(node) if isinstance(a, type) and issubclass(a, Tree)]
         tagged = [c for c in candidates if "name" in c.model_fields and c.model_fields["name"].default == tag]
-        node = (tagged or candidates or [None])[0]
-    return node
+        node = (tagged or candidates or [None])[0]  # type: ignore[list-item]
+    return node if isinstance(node, type) and issubclass(node, Tree) else None
 
 
 def _leaves(annotation: Any) -> Iterator[Any]:

@@ -53,22 +53,31 @@ def train(config: Config, job: str, run_dir: Path | None = None, started: float 
     runtime = start(config, tables, None, None, say)
     try:
         folder = RunFolder.create(path, config)
-        return _run(config, tables, folder, runtime, None, None, {}, started)
+        try:
+            return _run(config, tables, folder, runtime, None, None, {}, started)
+        finally:
+            folder.unlock()
     finally:
         runtime.close()
 
 
 def resume(run_dir: Path, overrides: list[str], started: float | None = None) -> Finished:
     """Go on with a run from its newest good checkpoint."""
-    say = _printer()
     folder = RunFolder.open(run_dir)
+    try:
+        return _resume(run_dir, folder, overrides, started)
+    finally:
+        folder.unlock()
+
+
+def _resume(run_dir: Path, folder: RunFolder, overrides: list[str], started: float | None) -> Finished:
+    say = _printer()
     before = folder.config()
     raw = before.model_dump()
     config = resolve(validate(apply_overrides(raw, overrides), "override"))
     refuse_changed_mathematics(before, config)
     done = folder.result()
     if done is not None and done["meta_steps"] == config.outer.steps:
-        folder.unlock()
         return Finished(run_dir, done, [f"{run_dir} is finished: {done['meta_steps']} meta-steps; nothing to do"])
     config = with_tracking(config, run_dir)
     tables = checked_tables(config, say)
@@ -77,7 +86,9 @@ def resume(run_dir: Path, overrides: list[str], started: float | None = None) ->
         say(f"{run_dir} has no usable checkpoint; starting at step 0")
     snapshot, best, record = found or (None, None, {})
     if snapshot is not None and snapshot.step > config.outer.steps:
-        raise ConfigError(f"outer.steps: the run has done {snapshot.step} steps already; {config.outer.steps} are fewer")
+        raise ConfigError(
+            f"outer.steps: the run has done {snapshot.step} steps already; {config.outer.steps} are fewer"
+        )
     probe = record.get("fingerprint", {}).get("probe")
     now = fingerprint(config, tables)
     then = {name: value for name, value in record.get("fingerprint", now).items() if name != "probe"}
@@ -163,9 +174,7 @@ def _run(
     return Finished(folder.path, result, [note])
 
 
-def _result(
-    config: Config, tables: list[Table], runtime: Runtime, trainer: Trainer, last: Snapshot
-) -> dict[str, Any]:
+def _result(config: Config, tables: list[Table], runtime: Runtime, trainer: Trainer, last: Snapshot) -> dict[str, Any]:
     import torch
 
     from metadist.engine.engine import Blueprint

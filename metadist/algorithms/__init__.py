@@ -56,9 +56,7 @@ def _build(config: Config, image: Image, queries: Literal["together", "support",
     normalisation = Normalisation(build_network(config.model, image, outputs), queries)
     match method:
         case Maml():
-            return MAML(
-                normalisation, method.inner_lr, method.inner_steps, method.order, method.support_loss_weight
-            )
+            return MAML(normalisation, method.inner_lr, method.inner_steps, method.order, method.support_loss_weight)
         case ReptileConfig():
             return Reptile(
                 normalisation, method.inner_lr, method.inner_steps, method.inner_optimizer, method.inner_batch

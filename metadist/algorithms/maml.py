@@ -5,10 +5,11 @@ Meta-objective:                        L_Q(φ_K(θ)) + λ L_S(θ)
 
 Second order differentiates through the inner loop. First order (FOMAML, §5.2) takes the
 inner gradients as constants, so that the meta-gradient is ∇_φ L_Q(φ_K). L_S and L_Q are
-mean cross-entropies over the support and the query set; the paper's code sums over the
-classes instead, so that its α = 0.4 (5-way) is 2.0 here.
+mean cross-entropies over the support and the query set, unless `loss` says otherwise; the
+paper's code sums over the classes instead, so that its α = 0.4 (5-way) is 2.0 here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,13 +23,14 @@ from metadist.tasks.episode import Episode, Examples
 
 @dataclass(frozen=True)
 class MAML:
-    """inner_lr: α; inner_steps: K; order: 1 or 2; support_loss_weight: λ."""
+    """inner_lr: α; inner_steps: K; order: 1 or 2; support_loss_weight: λ; loss: of (outputs, targets), a scalar."""
 
     normalisation: Normalisation
     inner_lr: float
     inner_steps: int
     order: int = 2
     support_loss_weight: float = 0.0
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
 
     def init(self, generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         network = self.normalisation.network
@@ -49,13 +51,11 @@ class MAML:
     def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
         support, query = episode
         fast = self.inner_loop(theta, support)
-        logits, statistics = self.normalisation.network(
-            fast, query.x, self.normalisation.given(fast, state, support)
-        )
-        loss = F.cross_entropy(logits, query.y)
+        logits, statistics = self.normalisation.network(fast, query.x, self.normalisation.given(fast, state, support))
+        loss = self.loss(logits, query.y)
         if self.support_loss_weight:
             loss = loss + self.support_loss_weight * self._support_loss(theta, support)
         return Outcome(loss, accuracy(logits, query.y), {name: statistics[name].detach() for name in state})
 
     def _support_loss(self, params: Params, support: Examples) -> Tensor:
-        return F.cross_entropy(self.normalisation.network(params, support.x)[0], support.y)
+        return self.loss(self.normalisation.network(params, support.x)[0], support.y)

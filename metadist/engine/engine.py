@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from metadist import algorithms
+from metadist.algorithms.algorithm import Algorithm
 from metadist.config import Config
 from metadist.data.table import Table
 from metadist.engine.device import settle
@@ -40,7 +41,9 @@ class Blueprint:
         """Initial θ and state as one flat buffer."""
         return self.values.flatten(self.theta | self.state).numpy()
 
-    def named(self, flat: np.ndarray, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def named(
+        self, flat: np.ndarray, device: torch.device | str = "cpu"
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """θ and state by name, in memory of their own."""
         both = self.values.unflatten(torch.from_numpy(np.array(flat)).to(device))
         return {name: both[name] for name in self.theta}, {name: both[name] for name in self.state}
@@ -60,7 +63,7 @@ class Engine:
         assert isinstance(config.task.shard, int)
         self.shard_tasks = config.task.shard
         self.shards = config.task.meta_batch // self.shard_tasks
-        self._judged: dict[tuple[str, str], tuple[Config, FewShot, algorithms.Algorithm]] = {}
+        self._judged: dict[tuple[str, str], tuple[FewShot, Algorithm]] = {}
 
     def sums(self, theta: dict[str, Tensor], state: dict[str, Tensor], step: int, shard: int) -> dict[str, Tensor]:
         """Float sums of one shard of a meta-step, by name."""
@@ -83,8 +86,8 @@ class Engine:
         key = (split, judged.eval.model_dump_json())
         if key not in self._judged:
             sampler = evaluation_tasks(judged, self.tables, split, self.device)
-            self._judged[key] = (judged, sampler, algorithms.for_evaluation(judged, sampler.shape))
-        _, sampler, algorithm = self._judged[key]
+            self._judged[key] = (sampler, algorithms.for_evaluation(judged, sampler.shape))
+        sampler, algorithm = self._judged[key]
         theta, state = self.blueprint.named(values, self.device)
         episodes = sampler.sample(0, first, self.shard_tasks)
         found = self._judge(algorithm, theta, state, episodes, sampler.ways)

@@ -42,12 +42,14 @@ class Part(NamedTuple):
 
 def first_exponents(layout: Layout) -> np.ndarray:
     """int64 [tensors], those of step 0."""
-    return np.full(len(layout.names), FIRST_EXPONENT, dtype=np.int64)
+    exponents: np.ndarray = np.full(len(layout.names), FIRST_EXPONENT, dtype=np.int64)
+    return exponents
 
 
 def coarser(exponents: np.ndarray) -> np.ndarray:
     """For doing a step again."""
-    return np.maximum(exponents - COARSER_BITS, LOWEST)
+    result: np.ndarray = np.maximum(exponents - COARSER_BITS, LOWEST)
+    return result
 
 
 def scales(layout: Layout, exponents: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
@@ -87,4 +89,5 @@ def next_exponents(layout: Layout, total: np.ndarray, exponents: np.ndarray) -> 
         largest = max(int(part.max()), -int(part.min())) if part.size else 0
         if largest:
             result[index] += TARGET_BITS - largest.bit_length()
-    return np.clip(result, LOWEST, HIGHEST)
+    np.clip(result, LOWEST, HIGHEST, out=result)
+    return result

@@ -22,7 +22,8 @@ def fingerprint(config: Config, tables: Sequence[Table]) -> dict[str, str]:
     """Name → value, all strings."""
     device = config.engine.device
     if device == "cuda":
-        instructions = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        instructions = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
     else:
         instructions = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {

@@ -36,7 +36,7 @@ class Layout:
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Views into `flat` by name."""
-        parts = flat.split(self.sizes)
+        parts = torch.split(flat, list(self.sizes))
         return {n: part.view(s) for n, part, s in zip(self.names, parts, self.shapes, strict=True)}
 
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
@@ -52,5 +52,7 @@ def sha256(tensors: Mapping[str, Tensor]) -> str:
     """Hash of the little-endian float32 bytes of all tensors in name order."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(tensors[name].detach().cpu().to(torch.float32).contiguous().numpy().astype(np.dtype("<f4")).tobytes())
+        digest.update(
+            tensors[name].detach().cpu().to(torch.float32).contiguous().numpy().astype(np.dtype("<f4")).tobytes()
+        )
     return digest.hexdigest()

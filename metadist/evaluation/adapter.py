@@ -47,7 +47,9 @@ class Adapter:
         ways = int(labels.max()) + 1
         if algorithms.class_bound(self.config):
             if ways > self.config.task.ways:
-                raise ValueError(f"support_labels: the run's head has {self.config.task.ways} classes, these are {ways}")
+                raise ValueError(
+                    f"support_labels: the run's head has {self.config.task.ways} classes, these are {ways}"
+                )
             ways = self.config.task.ways
         image = (support.shape[1], support.shape[2], support.shape[3])
         algorithm = algorithms.for_evaluation(self.config, image)

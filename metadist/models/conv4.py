@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metadist.models.convolution import convolve
 from metadist.models.layers import (
     ACTIVATIONS,
     glorot,
@@ -23,7 +24,6 @@ from metadist.models.layers import (
     pool,
 )
 from metadist.models.network import Params, Statistics
-from metadist.models.patches import convolve
 
 BLOCKS = ("conv1", "conv2", "conv3", "conv4")
 

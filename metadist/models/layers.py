@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metadist.models.network import Params, Statistics
-from metadist.models.norm import batch_norm, batch_statistics, layer_norm
+from metadist.models.norm import batch_norm, layer_norm, own_batch_norm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "softplus": F.softplus, "tanh": torch.tanh}
 
@@ -28,14 +28,13 @@ def init_norm(name: str, norm: str, channels: int) -> dict[str, Tensor]:
 
 
 def init_statistics(name: str, norm: str, channels: int) -> Statistics:
+    """Running statistics of a layer that nothing has passed yet."""
     if norm != "batch":
         return {}
     return {f"{name}.norm.mean": torch.zeros(channels), f"{name}.norm.variance": torch.ones(channels)}
 
 
-def normalise(
-    name: str, norm: str, params: Params, x: Tensor, given: Statistics | None, used: Statistics
-) -> Tensor:
+def normalise(name: str, norm: str, params: Params, x: Tensor, given: Statistics | None, used: Statistics) -> Tensor:
     """The layer's norm (or bias); the statistics it used are put into `used`."""
     if norm == "none":
         return x + params[f"{name}.bias"]
@@ -43,14 +42,16 @@ def normalise(
     if norm == "layer":
         return layer_norm(x, scale, shift)
     if given is None:
-        mean, variance = batch_statistics(x)
+        out, mean, variance = own_batch_norm(x, scale, shift)
     else:
         mean, variance = given[f"{name}.norm.mean"], given[f"{name}.norm.variance"]
+        out = batch_norm(x, mean, variance, scale, shift)
     used[f"{name}.norm.mean"], used[f"{name}.norm.variance"] = mean, variance
-    return batch_norm(x, mean, variance, scale, shift)
+    return out
 
 
 def init_linear(name: str, generator: torch.Generator, inputs: int, outputs: int) -> dict[str, Tensor]:
+    """Weight [inputs, outputs] and bias [outputs]."""
     return {f"{name}.weight": glorot(generator, inputs, outputs), f"{name}.bias": torch.zeros(outputs)}
 
 

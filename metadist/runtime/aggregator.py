@@ -99,7 +99,9 @@ class Aggregator:
 
     def apply(self, step: int) -> tuple[Report, Broadcast]:
         """One outer step from the complete sum; without it nothing moves and the report says what is missing."""
-        missing = tuple(sorted(set(range(self.shards)) - self.added)) if step == self.step else tuple(range(self.shards))
+        missing = (
+            tuple(sorted(set(range(self.shards)) - self.added)) if step == self.step else tuple(range(self.shards))
+        )
         if missing:
             return Report(step, float("nan"), float("nan"), float("nan"), 0.0, True, missing, 0), self.broadcast()
         tasks, layout = self.config.task.meta_batch, self.blueprint.sums

@@ -37,7 +37,7 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, best: Best | None, record:
     tensors = {f"value.{name}": value for name, value in snapshot.values.items()}
     tensors |= {f"memory.{name}": value for name, value in snapshot.memory.items()}
     tensors["exponents"] = snapshot.exponents
-    state = save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
+    state = save({name: np.asarray(value, order="C") for name, value in tensors.items()})
     told = record | {
         "step": snapshot.step,
         "best": best._asdict() if best else None,
@@ -81,9 +81,7 @@ def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
     yield from sorted(found, reverse=True)
 
 
-def newest_good(
-    folder: Path, say: Callable[[str], None]
-) -> tuple[Snapshot, Best | None, dict[str, Any]] | None:
+def newest_good(folder: Path, say: Callable[[str], None]) -> tuple[Snapshot, Best | None, dict[str, Any]] | None:
     """The newest checkpoint that is whole; a damaged one is told and passed over."""
     for _, path in checkpoints(folder):
         try:
@@ -93,13 +91,16 @@ def newest_good(
     return None
 
 
-def prune(folder: Path, keep: int, best: Best | None) -> None:
-    """Remove all but the newest `keep` good checkpoints and the best one."""
+def prune(folder: Path, keep: int, best: Best | None, done: int) -> None:
+    """Remove all but the best checkpoint and the newest `keep` up to `done`, the step just saved.
+
+    Later ones are damaged, or the run would not have come by `done` again.
+    """
     kept = 0
     for step, path in checkpoints(folder):
         if best is not None and step == best.step:
             continue
-        if kept < keep:
+        if step <= done and kept < keep:
             kept += 1
         else:
             shutil.rmtree(path, ignore_errors=True)

@@ -99,12 +99,16 @@ def _expect_answer(cluster: Cluster) -> None:
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        raise ClusterError(f"cluster.address: {address!r} is no address; valid: local, auto, HOST:PORT, ray://HOST:PORT")
+        raise ClusterError(
+            f"cluster.address: {address!r} is no address; valid: local, auto, HOST:PORT, ray://HOST:PORT"
+        )
     deadline = time.monotonic() + min(cluster.timeout, 45)
     try:
         socket.create_connection((host, int(port)), timeout=min(cluster.timeout, 10)).close()
     except OSError as error:
-        raise ClusterError(f"cluster.address: no Ray cluster answers at {address}: {error.strerror or error}") from error
+        raise ClusterError(
+            f"cluster.address: no Ray cluster answers at {address}: {error.strerror or error}"
+        ) from error
     if address.startswith("ray://"):
         return
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]

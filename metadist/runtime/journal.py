@@ -42,7 +42,7 @@ class Journal:
             self.rows.append({"step": step, "time": time.time(), **measured})
 
     def later(self, job: Callable[[], None]) -> None:
-        """Run a write in the thread; waits only when two are waiting already."""
+        """Run a write in the thread, the metrics so far before it; waits only when two are waiting already."""
         self.check()
         self._jobs.put(job)
 
@@ -87,6 +87,8 @@ class Journal:
                 if job is None:
                     self._jobs.task_done()
                     return
+                if self.rows:  # a run that resumes from what the job writes has the metrics up to there
+                    self._try(self._write_metrics)
                 self._try(job)
                 self._jobs.task_done()
                 job = self._metrics_if_due

@@ -1,5 +1,6 @@
 """The training loop: steps, validations and checkpoints, for any runtime."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -115,15 +116,18 @@ class Trainer:
         folder, keep = self.folder.checkpoints, self.config.checkpoint.keep
 
         def save() -> None:
-            save_checkpoint(folder, later(), best, record)
-            prune(folder, keep, best)
+            snapshot = later()
+            save_checkpoint(folder, snapshot, best, record)
+            prune(folder, keep, best, snapshot.step)
 
         self.journal.later(save)
 
     def _stop(self, problem: NotFinite) -> None:
         """Divergence: θ was never touched by the bad shard, so the state before the step is good; keep it."""
         snapshot = self.runtime.snapshot()()
-        save_checkpoint(self.folder.checkpoints, snapshot, self.best, self.record)
+        self.journal.flush()  # it may be writing the same checkpoint
+        record = {**self.record, "steps_recomputed": self.recomputed}
+        save_checkpoint(self.folder.checkpoints, snapshot, self.best, record)
         raise Divergence(
             f"diverged at {problem}; the state before it is kept in {self.folder.checkpoints}/step-{snapshot.step}; "
             f"a smaller algorithm.inner_lr or outer.lr, or outer.clip, may help"
@@ -132,7 +136,8 @@ class Trainer:
     def _go_back(self, lost: AggregatorLost) -> int:
         """The aggregator is gone: a new one from the newest checkpoint; the steps since are computed again."""
         at = self.journal.rows[-1]["step"] if self.journal.rows else 0
-        self.journal.flush()
+        with contextlib.suppress(AggregatorLost):  # a checkpoint under way met the same loss
+            self.journal.flush()
         found = newest_good(self.folder.checkpoints, self.display.note)
         snapshot, self.best = (found[0], found[1]) if found else (None, None)
         step = snapshot.step if snapshot else 0

@@ -51,8 +51,13 @@ class FewShot:
         if len(shapes) > 1:
             told = ", ".join(f"{table.name} {'×'.join(map(str, table.images.shape[1:]))}" for table in tables)
             raise DataError(f"data.name: the images of a mixture must have one shape, these have {told}")
-        self.shape = shapes.pop()
-        starts, counts, sources, pool_first, pool_size, pool_offset, pools = [], [], [], [], [], [], []
+        channels, height, width = shapes.pop()
+        self.shape = (channels, height, width)
+        starts, counts, sources = [], [], []
+        pool_first: list[int] = []
+        pool_size: list[int] = []
+        pool_offset: list[int] = []
+        pools: list[int] = []
         classes = 0
         for number, table in enumerate(tables):
             part = table.splits[split]
@@ -75,7 +80,10 @@ class FewShot:
         self._labels = torch.arange(ways, device=self.device)
 
     def indices(self, step: int, first: int, tasks: int) -> tuple[Tensor, Tensor]:
-        """Classes [tasks, ways] and table rows [tasks, ways, shots + queries], int64, of tasks first … first+tasks−1."""
+        """Classes and table rows of tasks first … first+tasks−1, int64.
+
+        Shapes [tasks, ways] and [tasks, ways, shots + queries].
+        """
         number = torch.arange(first, first + tasks, device=self.device)
         task = key(self.seed, SPLITS[self.split], step, number, device=self.device)
         total = self._weights.cumsum(0)

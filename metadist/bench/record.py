@@ -1,0 +1,98 @@
+"""What a suite found: rows for a person, a machine and a plot."""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from metadist import __version__
+from metadist.errors import RunError
+from metadist.runtime.durable import storage_errors, write
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: the median over `repeats`, and its ratio to the row named `baseline`."""
+
+    name: str
+    value: float
+    unit: str
+    baseline: str | None
+    ratio: float | None
+    repeats: int
+
+
+def hardware() -> dict[str, Any]:
+    """What the figures were measured on."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "metadist": __version__,
+    }
+
+
+def show(console: Console, suite: str, rows: list[Row]) -> None:
+    """The table."""
+    table = Table(title=f"bench {suite}", title_justify="left", title_style="bold")
+    for name in ("what", "median", "unit", "ratio", "to", "repeats"):
+        table.add_column(name, justify="left" if name in ("what", "unit", "to") else "right")
+    for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
+        table.add_row(row.name, f"{row.value:,.4g}", row.unit, ratio, row.baseline or "", str(row.repeats))
+    console.print(table)
+
+
+def save(out: Path, suite: str, rows: list[Row]) -> list[Path]:
+    """`bench.json`, `bench.parquet` and `bench.png` in `out`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if out.exists() and not out.is_dir():
+        raise RunError(f"--out: {out} is a file; name a folder")
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    told = {"suite": suite, "hardware": hardware(), "rows": [asdict(row) for row in rows]}
+    write(out / "bench.json", json.dumps(told, indent=2).encode())
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([{"suite": suite, **asdict(row)} for row in rows]), sink)
+    write(out / "bench.parquet", sink.getvalue().to_pybytes())
+    _plot(out / "bench.png", suite, rows)
+    return [out / name for name in ("bench.json", "bench.parquet", "bench.png")]
+
+
+def _plot(path: Path, suite: str, rows: list[Row]) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    units = list(dict.fromkeys(row.unit for row in rows))
+    figure, panels = plt.subplots(1, len(units), figsize=(1 + 4.5 * len(units), 3.2), squeeze=False)
+    for panel, unit in zip(panels[0], units, strict=True):
+        mine = [row for row in rows if row.unit == unit]
+        bars = panel.barh([row.name for row in mine], [row.value for row in mine], color="#4878a8")
+        panel.bar_label(bars, [f" {row.value:,.3g}" + (f" ({row.ratio:.2f}×)" if row.ratio else "") for row in mine])
+        panel.margins(x=0.35)
+        panel.invert_yaxis()
+        panel.set_xlabel(unit)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"metadist bench {suite}")
+    figure.tight_layout()
+    with storage_errors(path):
+        figure.savefig(path, dpi=120)
+    plt.close(figure)

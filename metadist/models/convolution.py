@@ -1,0 +1,181 @@
+"""A 3 × 3 convolution as matrix products, closed under differentiation and `vmap`.
+
+The convolution C(x, w) is bilinear. With X(g, w), its derivative's adjoint towards x, and
+W(x, g), the one towards w, every derivative of the three is one of the three again:
+
+    C(x, w):  x̄ = X(c̄, w),   w̄ = W(x, c̄)
+    X(g, w):  ḡ = C(x̄, w),   w̄ = W(x̄, g)
+    W(x, g):  x̄ = X(g, w̄),   ḡ = C(x, w̄)
+
+so that gradients of any order are exact, cost a matrix product each and need no stored
+patches. With a task axis, tasks that share their weights are just more images of one
+product; tasks with weights of their own are a batched product. Images are channels-last,
+so that the pixels of a window's row lie side by side. (The grouped convolution that
+`vmap` makes of `conv2d` runs at about two thirds of this speed on a CPU.)
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def convolve(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
+    """3 × 3 convolution with one pixel of zero padding.
+
+    x: [n, height, width, in]; weight: [3, 3, in, out]; returns [n, ⌈height/stride⌉, ⌈width/stride⌉, out].
+    """
+    out: Tensor = _Convolution.apply(x, weight, stride)
+    return out
+
+
+def _gather(x: Tensor, stride: int) -> Tensor:
+    """Patches [n, rows, columns, 9 · channels] of images [n, height, width, channels]."""
+    n, height, width, channels = x.shape
+    rows, columns = _positions(height, stride), _positions(width, stride)
+    padded = F.pad(x, (0, 0, 1, 1, 1, 1))
+    image, row, column, _ = padded.stride()
+    # A view: each window's rows of three pixels, which lie side by side; then one copy.
+    windows = padded.as_strided((n, rows, columns, 3, 3 * channels), (image, stride * row, stride * column, row, 1))
+    return windows.contiguous().view(n, rows, columns, 9 * channels)
+
+
+def _scatter(patches: Tensor, height: int, width: int, stride: int) -> Tensor:
+    """The adjoint of `_gather`: every patch added back to where it was taken."""
+    n, rows, columns, depth = patches.shape
+    patches = patches.view(n, rows, columns, 3, 3, depth // 9)
+    padded = patches.new_zeros(n, height + 2, width + 2, depth // 9)
+    for i in range(3):
+        for j in range(3):
+            padded[:, i : i + stride * rows : stride, j : j + stride * columns : stride] += patches[:, :, :, i, j]
+    return padded[:, 1:-1, 1:-1].contiguous()
+
+
+def _positions(size: int, stride: int) -> int:
+    """Positions of a 3-wide window along `size` pixels with one pixel of padding."""
+    return (size - 1) // stride + 1
+
+
+# Each function below takes its arguments either without a task axis, images [n, …] and
+# weights [3, 3, …], or with one in front of both.
+
+
+def _patches(x: Tensor, stride: int) -> Tensor:
+    """[…, n · positions, 9 · channels], contiguous."""
+    gathered = _gather(x.flatten(0, -4), stride)
+    return gathered.view(*x.shape[:-4], -1, gathered.shape[-1])
+
+
+def _both_with_tasks(a: Tensor, in_a: int | None, b: Tensor, in_b: int | None, size: int) -> tuple[Tensor, Tensor]:
+    """Both arguments with one task axis in front, merged with the one they may have."""
+    a = a.movedim(in_a, 0) if in_a is not None else a.expand(size, *a.shape)
+    b = b.movedim(in_b, 0) if in_b is not None else b.expand(size, *b.shape)
+    return (a.flatten(0, 1), b.flatten(0, 1)) if a.ndim > 5 else (a, b)
+
+
+class _Convolution(torch.autograd.Function):
+    """C(x, w)."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, stride: int) -> Tensor:  # type: ignore[override]
+        rows, columns = _positions(x.shape[-3], stride), _positions(x.shape[-2], stride)
+        out = _patches(x, stride) @ weight.flatten(-4, -2)
+        return out.view(*x.shape[:-3], rows, columns, weight.shape[-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, weight, ctx.stride = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        to_x, to_weight, _ = ctx.needs_input_grad
+        return (
+            _ToImages.apply(grad, weight, x.shape[-3], x.shape[-2], ctx.stride) if to_x else None,
+            _ToWeight.apply(x, grad, ctx.stride) if to_weight else None,
+            None,
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, stride: int) -> tuple[Tensor, int]:
+        if in_dims[1] is None and weight.ndim == 4 and in_dims[0] is not None:
+            images = x.movedim(in_dims[0], 0)
+            return _Convolution.apply(images.flatten(0, 1), weight, stride).unflatten(0, images.shape[:2]), 0
+        x, weight = _both_with_tasks(x, in_dims[0], weight, in_dims[1], info.batch_size)
+        return _split_tasks(_Convolution.apply(x, weight, stride), info.batch_size), 0
+
+
+class _ToImages(torch.autograd.Function):
+    """X(g, w)."""
+
+    @staticmethod
+    def forward(grad: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:  # type: ignore[override]
+        flat = grad.reshape(*grad.shape[:-4], -1, grad.shape[-1])
+        patches = flat @ weight.flatten(-4, -2).transpose(-1, -2)
+        patches = patches.view(-1, *grad.shape[-3:-1], patches.shape[-1])
+        return _scatter(patches, height, width, stride).view(*grad.shape[:-3], height, width, weight.shape[-2])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        grad, weight, _, _, ctx.stride = inputs
+        ctx.save_for_backward(grad, weight)
+
+    @staticmethod
+    def backward(ctx: Any, towards: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad, weight = ctx.saved_tensors
+        to_grad, to_weight = ctx.needs_input_grad[:2]
+        return (
+            _Convolution.apply(towards, weight, ctx.stride) if to_grad else None,
+            _ToWeight.apply(towards, grad, ctx.stride) if to_weight else None,
+            None,
+            None,
+            None,
+        )
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], grad: Tensor, weight: Tensor, height: int, width: int, stride: int
+    ) -> tuple[Tensor, int]:
+        if in_dims[1] is None and weight.ndim == 4 and in_dims[0] is not None:
+            images = grad.movedim(in_dims[0], 0)
+            out = _ToImages.apply(images.flatten(0, 1), weight, height, width, stride)
+            return out.unflatten(0, images.shape[:2]), 0
+        grad, weight = _both_with_tasks(grad, in_dims[0], weight, in_dims[1], info.batch_size)
+        return _split_tasks(_ToImages.apply(grad, weight, height, width, stride), info.batch_size), 0
+
+
+class _ToWeight(torch.autograd.Function):
+    """W(x, g): summed over the images, not over tasks."""
+
+    @staticmethod
+    def forward(x: Tensor, grad: Tensor, stride: int) -> Tensor:  # type: ignore[override]
+        flat = grad.reshape(*grad.shape[:-4], -1, grad.shape[-1])
+        weight = _patches(x, stride).transpose(-1, -2) @ flat
+        return weight.view(*x.shape[:-4], 3, 3, x.shape[-1], grad.shape[-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, grad, ctx.stride = inputs
+        ctx.save_for_backward(x, grad)
+
+    @staticmethod
+    def backward(ctx: Any, towards: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, grad = ctx.saved_tensors
+        to_x, to_grad, _ = ctx.needs_input_grad
+        return (
+            _ToImages.apply(grad, towards, x.shape[-3], x.shape[-2], ctx.stride) if to_x else None,
+            _Convolution.apply(x, towards, ctx.stride) if to_grad else None,
+            None,
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, grad: Tensor, stride: int) -> tuple[Tensor, int]:
+        x, grad = _both_with_tasks(x, in_dims[0], grad, in_dims[1], info.batch_size)
+        return _split_tasks(_ToWeight.apply(x, grad, stride), info.batch_size), 0
+
+
+def _split_tasks(out: Tensor, size: int) -> Tensor:
+    """The task axis of this `vmap` apart from the one that was there before."""
+    return out if out.shape[0] == size else out.view(size, -1, *out.shape[1:])

@@ -1,0 +1,240 @@
+"""Sums that do not depend on their order, and what is checked before adding."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metadist.engine.exact import (
+    COARSER_BITS,
+    FIRST_EXPONENT,
+    HEADROOM_BITS,
+    HIGHEST,
+    LOWEST,
+    TARGET_BITS,
+    coarser,
+    dequantise,
+    first_exponents,
+    next_exponents,
+    quantise,
+    scales,
+)
+from metadist.engine.layout import Layout
+
+
+def tensors_of(values):
+    """Two named tensors from a flat list of six numbers."""
+    flat = torch.tensor(values, dtype=torch.float64)
+    return {"a": flat[:2], "b": flat[2:].view(2, 2)}
+
+
+LAYOUT = Layout.of(tensors_of([0.0] * 6))
+
+
+def parts_of(rows, exponents=None):
+    scale = scales(LAYOUT, first_exponents(LAYOUT) if exponents is None else exponents)
+    return [quantise(LAYOUT, tensors_of(row), scale, len(rows)) for row in rows]
+
+
+def tree(values, rng):
+    """A random binary tree of additions over the values in random order."""
+    values = [values[i] for i in rng.permutation(len(values))]
+    while len(values) > 1:
+        i = int(rng.integers(len(values) - 1))
+        values[i : i + 2] = [values[i] + values[i + 1]]
+    return values[0]
+
+
+moderate = st.floats(-1e3, 1e3)
+rows = st.integers(1, 12).flatmap(lambda n: st.lists(st.lists(moderate, min_size=6, max_size=6), min_size=n, max_size=n))
+
+
+@given(rows, st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=50)
+def test_any_order_and_any_grouping_give_the_same_integers(values, seed):
+    parts = parts_of(values)
+    assert all(part.finite and part.fits for part in parts)
+    expected = [sum(int(part.q[i]) for part in parts) for i in range(6)]  # Python's integers cannot overflow
+    rng = np.random.default_rng(seed)
+    for _ in range(3):
+        total = tree([part.q for part in parts], rng)
+        assert total.dtype == np.int64
+        assert total.tolist() == expected
+
+
+def test_float_sums_would_not_pass_that_test():
+    """Why integers: the same trees over floats end in different bits, in 32 and in 64 of them."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((12, 1000)) * np.exp(rng.standard_normal((12, 1)))
+    for dtype in (np.float32, np.float64):
+        sums = {tree(list(values.astype(dtype)), rng).tobytes() for _ in range(20)}
+        assert len(sums) > 1
+    layout = Layout(("a",), ((1000,),))
+    scale = scales(layout, first_exponents(layout))
+    integers = [quantise(layout, {"a": torch.from_numpy(row)}, scale, 12).q for row in values]
+    assert len({tree(integers, rng).tobytes() for _ in range(20)}) == 1
+
+
+@given(rows, st.integers(-60, 60))
+@settings(deadline=None, max_examples=60)
+def test_the_sum_is_accurate(values, magnitude):
+    """Half a quantum per part, and a quantum is at most 2^-44 of a tensor's largest sum once exponents have settled.
+
+    For two parts that is 2^-44 of the largest.
+    """
+    values = [[math.ldexp(x, magnitude) for x in row] for row in values]
+    exact = [math.fsum(column) for column in zip(*values, strict=True)]
+    exponents = first_exponents(LAYOUT)
+    for _ in range(20):  # a run's first steps
+        parts = parts_of(values, exponents)
+        if not all(part.fits for part in parts):
+            exponents = coarser(exponents)
+            continue
+        total = sum(part.q for part in parts)
+        settled, exponents = exponents, next_exponents(LAYOUT, total, exponents)
+        if np.array_equal(settled, exponents):
+            break
+    found = dequantise(LAYOUT, total, settled)
+    starts = {"a": slice(0, 2), "b": slice(2, 6)}
+    for name, cut in starts.items():
+        largest = max(abs(x) for x in exact[cut])
+        quantum = math.ldexp(1.0, -int(settled[LAYOUT.names.index(name)]))
+        errors = [abs(x - y) for x, y in zip(found[name].flatten().tolist(), exact[cut], strict=True)]
+        assert max(errors) <= len(values) / 2 * quantum + 2.0**-52 * largest
+        biggest_part = max(abs(x) for row in values for x in row)
+        if largest > 2.0**-10 * biggest_part:  # else the parts nearly cancel, and may not fit any finer
+            assert max(errors) <= max(1, len(values) / 2) * 2.0**-44 * largest
+
+
+def test_accuracy_of_a_gradient_like_sum():
+    rng = np.random.default_rng(1)
+    layout = Layout(("w",), ((500,),))
+    values = [torch.from_numpy(1e-3 * (1 + rng.random(500))) for _ in range(2)]
+    exponents = first_exponents(layout)
+    for _ in range(2):
+        total = sum(quantise(layout, {"w": v}, scales(layout, exponents), 2).q for v in values)
+        settled, exponents = exponents, next_exponents(layout, total, exponents)
+    expected = values[0] + values[1]
+    assert (dequantise(layout, total, settled)["w"] - expected).abs().max() <= 2.0**-44 * expected.max()
+
+
+@given(st.lists(st.floats(-1e9, 1e9), min_size=6, max_size=6), st.integers(-300, 300))
+@settings(deadline=None, max_examples=50)
+def test_one_part_is_pythons_round(values, exponent):
+    values = [math.ldexp(x, -exponent) for x in values]
+    part = quantise(LAYOUT, tensors_of(values), scales(LAYOUT, np.full(2, exponent)), 1)
+    expected = [round(x * 2.0**exponent) for x in values]  # to even, as torch
+    assert part.fits == (max(map(abs, expected)) <= 2**62)
+    if part.fits:
+        assert part.q.tolist() == expected
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("position", [0, 3, 5])
+def test_what_is_not_finite_is_flagged(value, position):
+    row = [1.0] * 6
+    row[position] = value
+    (part,) = parts_of([row])
+    assert (part.finite, part.fits) == (False, False)
+    assert not part.q.any()
+
+
+@pytest.mark.parametrize("value", [1e30, -1e30, 1e300, 2.0**62])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_too_large_is_flagged_and_not_cast(value, dtype):
+    if dtype == torch.float32 and value == 1e300:
+        value = 3e38
+    row = torch.tensor([0.0, value], dtype=dtype)
+    part = quantise(LAYOUT, {"a": row, "b": torch.zeros(2, 2, dtype=dtype)}, scales(LAYOUT, np.full(2, 40)), 1)
+    assert (part.finite, part.fits) == (True, False)
+    assert not part.q.any()
+
+
+def test_a_scaled_value_beyond_float64_does_not_fit():
+    part = quantise(LAYOUT, tensors_of([1e300] * 6), scales(LAYOUT, np.full(2, HIGHEST)), 1)
+    assert not part.fits
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 1000])
+def test_the_bound_is_two_to_the_62_over_the_number_of_parts(parts):
+    """So that no partial sum of any grouping can overflow."""
+    bound = 2.0**HEADROOM_BITS / parts
+    exponents = scales(LAYOUT, np.zeros(2, dtype=np.int64))
+    for sign in (1, -1):
+        part = quantise(LAYOUT, tensors_of([sign * float(math.floor(bound))] + [0.0] * 5), exponents, parts)
+        assert part.fits
+        assert abs(int(part.q[0])) * parts <= 2**62 * (1 + 2**-52) < 2**63
+        part = quantise(LAYOUT, tensors_of([sign * (math.nextafter(bound, math.inf) + 1)] + [0.0] * 5), exponents, parts)
+        assert part.finite
+        assert not part.fits
+
+
+def test_exponents_of_the_first_step_and_of_a_step_done_again():
+    exponents = first_exponents(LAYOUT)
+    assert exponents.dtype == np.int64
+    assert exponents.tolist() == [FIRST_EXPONENT] * 2
+    assert coarser(exponents).tolist() == [FIRST_EXPONENT - COARSER_BITS] * 2
+    assert coarser(np.array([LOWEST, LOWEST + 3])).tolist() == [LOWEST, LOWEST]
+
+
+def test_a_part_that_is_too_large_fits_after_a_few_coarser_tries():
+    exponents = first_exponents(LAYOUT)
+    tries = 0
+    while not quantise(LAYOUT, tensors_of([1e30] * 6), scales(LAYOUT, exponents), 16).fits:
+        exponents, tries = coarser(exponents), tries + 1
+    assert tries == math.ceil((math.log2(1e30) + FIRST_EXPONENT - (HEADROOM_BITS - 4)) / COARSER_BITS)
+
+
+@given(st.integers(-(2**62), 2**62), st.integers(-(2**62), 2**62), st.integers(-800, 800))
+@settings(deadline=None, max_examples=100)
+def test_next_exponents_bring_the_largest_element_to_its_target(x, y, exponent):
+    total = np.array([x, y, 0, 0, 0, 0], dtype=np.int64)
+    found = next_exponents(LAYOUT, total, np.full(2, exponent))
+    largest = max(abs(x), abs(y))
+    assert found[1] == exponent  # a tensor whose sum is zero keeps its exponent
+    if largest:
+        moved = largest * 2.0 ** (int(found[0]) - exponent)
+        assert 2.0 ** (TARGET_BITS - 1) <= moved < 2.0**TARGET_BITS * (1 + 2**-50)
+    else:
+        assert found[0] == exponent
+
+
+def test_exponents_stay_within_what_float64_can_scale():
+    one = np.array([1, 0, 2**60, 0, 0, 0], dtype=np.int64)
+    assert next_exponents(LAYOUT, one, np.array([HIGHEST, LOWEST])).tolist() == [HIGHEST, LOWEST]
+    assert scales(LAYOUT, np.array([HIGHEST, LOWEST])).isfinite().all()
+
+
+def test_the_most_negative_integer_has_a_magnitude():
+    total = np.array([-(2**63), 0, 0, 0, 0, 0], dtype=np.int64)
+    assert next_exponents(LAYOUT, total, np.full(2, 10))[0] == 10 + TARGET_BITS - 64
+
+
+def test_zero_tensors():
+    parts = parts_of([[0.0] * 6] * 3)
+    total = sum(part.q for part in parts)
+    assert all(part.finite and part.fits for part in parts)
+    assert next_exponents(LAYOUT, total, first_exponents(LAYOUT)).tolist() == [FIRST_EXPONENT] * 2
+    assert all(not value.any() for value in dequantise(LAYOUT, total, first_exponents(LAYOUT)).values())
+
+
+def test_each_tensor_has_its_own_scale():
+    found = scales(LAYOUT, np.array([3, -2]))
+    assert found.tolist() == [8.0, 8.0, 0.25, 0.25, 0.25, 0.25]
+    q = quantise(LAYOUT, tensors_of([1.0, 2.0, 4.0, 8.0, 12.0, 16.0]), found, 1).q
+    assert q.tolist() == [8, 16, 1, 2, 3, 4]
+    back = dequantise(LAYOUT, q, np.array([3, -2]))
+    assert back["b"].tolist() == [[4.0, 8.0], [12.0, 16.0]]
+
+
+def test_quantising_leaves_its_input_alone():
+    given_tensors = tensors_of([0.1] * 6)
+    quantise(LAYOUT, given_tensors, scales(LAYOUT, first_exponents(LAYOUT)), 1)
+    assert all((value == 0.1).all() for value in given_tensors.values())
+    single = Layout(("a",), ((3,),))
+    tensor = torch.full((3,), 0.1, dtype=torch.float64)
+    quantise(single, {"a": tensor}, torch.ones(3).double(), 1)
+    assert (tensor == 0.1).all()

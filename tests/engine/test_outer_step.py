@@ -1,0 +1,190 @@
+"""The outer step against torch.optim, its memory, the schedules, clipping."""
+
+import math
+
+import pytest
+import torch
+
+from metadist.config import Outer
+from metadist.runtime.outer import STATE_MOMENTUM, OuterStep, learning_rate, moved_state
+
+OPTIMIZERS = {
+    "adam": ({"optimizer": "adam", "weight_decay": 0.01}, lambda p: torch.optim.Adam(p, 0.05, weight_decay=0.01)),
+    "adamw": ({"optimizer": "adamw", "weight_decay": 0.1}, lambda p: torch.optim.AdamW(p, 0.05, weight_decay=0.1)),
+    "sgd": ({"optimizer": "sgd"}, lambda p: torch.optim.SGD(p, 0.05)),
+    "momentum": ({"optimizer": "sgd", "momentum": 0.9}, lambda p: torch.optim.SGD(p, 0.05, momentum=0.9)),
+    "rmsprop": ({"optimizer": "rmsprop"}, lambda p: torch.optim.RMSprop(p, 0.05)),
+    "rmsprop-momentum": (
+        {"optimizer": "rmsprop", "momentum": 0.5}, lambda p: torch.optim.RMSprop(p, 0.05, momentum=0.5)
+    ),
+}  # fmt: skip
+
+
+def start(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"w.b": (3, 2), "a": (4,), "w": ()}
+    return {n: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for n, s in shapes.items()}
+
+
+def gradient(step):
+    generator = torch.Generator().manual_seed(100 + step)
+    return {n: torch.randn(v.shape, generator=generator, dtype=torch.float64) for n, v in start().items()}
+
+
+def outer(**changes):
+    return Outer(lr=0.05, **changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_equals_torch_optim(name, dtype):
+    settings, make = OPTIMIZERS[name]
+    ours = OuterStep(outer(**settings), start(dtype))
+    plain = {n: v.clone().requires_grad_() for n, v in start(dtype).items()}
+    optimizer = make(list(plain.values()))
+    for step in range(10):
+        ours.step(gradient(step), step)
+        for n, g in gradient(step).items():
+            plain[n].grad = g.to(dtype)
+        optimizer.step()
+    for n in plain:
+        assert torch.allclose(ours.theta[n], plain[n], rtol=1e-6 if dtype == torch.float32 else 1e-13, atol=0)
+        assert ours.theta[n].dtype == dtype
+        assert not torch.equal(ours.theta[n], start(dtype)[n])
+
+
+def test_the_given_theta_is_left_alone():
+    theta = start()
+    OuterStep(outer(), theta).step(gradient(0), 0)
+    assert all(torch.equal(theta[n], v) for n, v in start().items())
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_its_memory_continues_to_the_bit(name):
+    settings, _ = OPTIMIZERS[name]
+    settings = {**settings, "schedule": "cosine", "steps": 12, "warmup": 3, "clip": 1.0}
+    through = OuterStep(outer(**settings), start(torch.float32))
+    for step in range(5):
+        through.step(gradient(step), step)
+    memory = through.memory()
+    assert all(isinstance(value, torch.Tensor) for value in memory.values())
+    kept = {n: v.detach().clone() for n, v in memory.items()}
+    resumed = OuterStep(outer(**settings), {n: v.detach() for n, v in through.theta.items()})
+    resumed.remember(memory)
+    for step in range(5, 10):
+        assert through.step(gradient(step), step) == resumed.step(gradient(step), step)
+    assert all(torch.equal(through.theta[n], resumed.theta[n]) for n in through.theta)
+    assert all(torch.equal(v, resumed.memory()[n]) for n, v in through.memory().items())
+    assert all(torch.equal(kept[n], memory[n]) for n in memory)  # copies both ways
+    if name == "adam":
+        assert set(memory) == {f"{key}.{n}" for key in ("step", "exp_avg", "exp_avg_sq") for n in start()}
+    if name == "sgd":
+        assert memory == {}
+
+
+@pytest.mark.parametrize("name", ["adam", "momentum", "rmsprop"])
+def test_forgetting_would_show(name):
+    settings, _ = OPTIMIZERS[name]
+    through = OuterStep(outer(**settings), start())
+    for step in range(5):
+        through.step(gradient(step), step)
+    forgetful = OuterStep(outer(**settings), {n: v.detach() for n, v in through.theta.items()})
+    through.step(gradient(5), 5)
+    forgetful.step(gradient(5), 5)
+    assert not torch.equal(through.theta["a"], forgetful.theta["a"])
+
+
+def test_clipping_scales_the_whole_gradient():
+    free, clipped = OuterStep(outer(optimizer="sgd"), start()), OuterStep(outer(optimizer="sgd", clip=0.5), start())
+    norm = math.sqrt(sum(float((g**2).sum()) for g in gradient(0).values()))
+    assert norm > 0.5
+    assert free.step(gradient(0), 0) == pytest.approx(norm, rel=1e-14)
+    assert clipped.step(gradient(0), 0) == pytest.approx(norm, rel=1e-14)  # of the gradient before clipping
+    for n, g in gradient(0).items():
+        assert torch.allclose(start()[n] - free.theta[n], 0.05 * g, rtol=1e-12)
+        assert torch.allclose(start()[n] - clipped.theta[n], 0.05 * g * 0.5 / norm, rtol=1e-12)
+    unclipped = OuterStep(outer(optimizer="sgd", clip=norm * 1.01), start())
+    unclipped.step(gradient(0), 0)
+    assert all(torch.equal(unclipped.theta[n], free.theta[n]) for n in free.theta)
+
+
+def test_clipping_a_zero_gradient():
+    still = OuterStep(outer(optimizer="sgd", clip=1.0), start())
+    assert still.step({n: torch.zeros_like(v) for n, v in start().items()}, 0) == 0
+    assert all(torch.equal(still.theta[n], v) for n, v in start().items())
+
+
+# --- schedules -----------------------------------------------------------------
+
+
+def rates(steps=10, **changes):
+    return [learning_rate(Outer(lr=0.2, steps=steps, **changes), step) for step in range(steps + 1)]
+
+
+def test_constant():
+    assert rates() == [0.2] * 11
+
+
+def test_cosine_is_torchs():
+    found = rates(schedule="cosine", final_lr=0.02)
+    parameter = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([parameter], lr=0.2)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10, eta_min=0.02)
+    for step in range(11):
+        assert found[step] == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+    assert found[0] == pytest.approx(0.2)
+    assert found[5] == pytest.approx(0.11)
+    assert found[10] == pytest.approx(0.02)
+
+
+def test_linear():
+    assert rates(schedule="linear") == pytest.approx([0.2 * (1 - step / 10) for step in range(11)])
+    assert rates(schedule="linear", final_lr=0.1) == pytest.approx([0.2 - 0.01 * step for step in range(11)])
+
+
+def test_halving():
+    assert rates(schedule="halving", halve_every=3) == pytest.approx(
+        [0.2, 0.2, 0.2, 0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.025, 0.025]
+    )
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_warmup_rises_linearly_and_hands_over(schedule):
+    found = rates(schedule=schedule, warmup=4)
+    assert found[:4] == pytest.approx([0.05, 0.1, 0.15, 0.2])
+    assert found[4] == pytest.approx(0.2)
+    rest = rates(steps=6, schedule=schedule)
+    assert found[4:] == pytest.approx(rest)
+
+
+@pytest.mark.parametrize("warmup", [10, 20])
+def test_a_warmup_as_long_as_the_run(warmup):
+    found = rates(schedule="cosine", warmup=warmup)
+    assert all(0 < rate <= 0.2 for rate in found)
+
+
+def test_the_step_uses_its_rate():
+    moving = OuterStep(Outer(lr=0.2, optimizer="sgd", schedule="linear", steps=4), start())
+    before = start()
+    for step, rate in enumerate([0.2, 0.15, 0.1, 0.05]):
+        moving.step(gradient(step), step)
+        for n, g in gradient(step).items():
+            assert torch.allclose(before[n] - moving.theta[n], rate * g, rtol=1e-10)
+        before = {n: v.detach().clone() for n, v in moving.theta.items()}
+
+
+def test_running_statistics_are_those_of_torchs_batch_norm():
+    """torch's momentum is the weight of the new; its running variance is unbiased, ours is what training divides by."""
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    layer = torch.nn.BatchNorm1d(3, momentum=STATE_MOMENTUM, dtype=torch.float64)
+    layer(x)
+    layer(x + 1)
+    state = {"mean": torch.zeros(3).double()}
+    for shift in (0, 1):
+        state = moved_state(state, {"mean": (x + shift).mean(0)})
+    assert torch.allclose(state["mean"], layer.running_mean, rtol=1e-13)
+    narrow = moved_state({"mean": torch.ones(3)}, {"mean": torch.zeros(3).double()})
+    assert narrow["mean"].dtype == torch.float32
+    assert narrow["mean"].tolist() == [torch.tensor(0.9).item()] * 3

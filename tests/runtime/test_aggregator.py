@@ -1,0 +1,173 @@
+"""The sum of a step: once each, in any order, to the bit."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from metadist.config import Config, resolve
+from metadist.data.sources import prepare
+from metadist.engine.engine import Blueprint
+from metadist.engine.exact import COARSER_BITS, FIRST_EXPONENT
+from metadist.engine.layout import sha256
+from metadist.runtime.aggregator import Aggregator, Snapshot
+from metadist.runtime.worker import Worker
+
+IMAGE = (1, 4, 4)
+SHARDS = 4
+
+OUTERS = {
+    "adam": {"optimizer": "adam"},
+    "adamw": {"optimizer": "adamw", "weight_decay": 0.1},
+    "sgd": {"optimizer": "sgd", "momentum": 0.9},
+    "plain-sgd": {"optimizer": "sgd"},
+    "rmsprop": {"optimizer": "rmsprop", "momentum": 0.5},
+    "clipped-cosine": {"optimizer": "adam", "clip": 0.01, "schedule": "cosine", "warmup": 2, "steps": 8},
+}
+
+
+@pytest.fixture
+def config(tiny: Callable[..., Config]) -> Config:
+    return resolve(tiny()).with_values(model={"width": 3})
+
+
+def sums(config: Config, step: int, shard: int, bits: int = 40) -> np.ndarray:
+    size = Blueprint(config, IMAGE).sums.total
+    return np.random.default_rng([step, shard]).integers(-(2**bits), 2**bits, size)
+
+
+def take(aggregator: Aggregator, step: int, order: list[int]) -> None:
+    for shard in order:
+        assert aggregator.add(step, aggregator.attempt, shard, sums(aggregator.config, step, shard))
+    report, _ = aggregator.apply(step)
+    assert report.missing == ()
+
+
+def bits(snapshot: Snapshot) -> bytes:
+    parts = [b"%d" % snapshot.step, snapshot.exponents.tobytes()]
+    for named in (snapshot.values, snapshot.memory):
+        parts += [name.encode() + named[name].tobytes() for name in sorted(named)]
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("outer", OUTERS.values(), ids=OUTERS)
+def test_order_is_irrelevant(config: Config, outer: dict[str, object]) -> None:
+    config = config.with_values(outer=outer)
+    orders = ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1])
+    found = []
+    for order in orders:
+        aggregator = Aggregator(config, IMAGE)
+        for step in range(5):
+            take(aggregator, step, order[step % 2 :] + order[: step % 2])
+        found.append(bits(aggregator.snapshot()))
+    assert len(set(found)) == 1
+
+
+def test_partial_sums_may_be_taken_in_any_grouping(config: Config) -> None:
+    one, other = Aggregator(config, IMAGE), Aggregator(config, IMAGE)
+    take(one, 0, [0, 1, 2, 3])
+    pairs = [sums(config, 0, 2) + sums(config, 0, 0), sums(config, 0, 3) + sums(config, 0, 1)]
+    other.total += pairs[1] + pairs[0]
+    other.added = set(range(SHARDS))
+    other.apply(0)
+    assert bits(one.snapshot()) == bits(other.snapshot())
+
+
+def test_repeated_and_late_shards_are_dropped(config: Config) -> None:
+    aggregator, clean = Aggregator(config, IMAGE), Aggregator(config, IMAGE)
+    for step in range(3):
+        take(clean, step, [0, 1, 2, 3])
+        for shard in range(SHARDS):
+            assert aggregator.add(step, 0, shard, sums(config, step, shard))
+            assert not aggregator.add(step, 0, shard, sums(config, step, shard)), "twice"
+            assert not aggregator.add(step - 1, 0, shard, sums(config, step, shard)), "of the step before"
+            assert not aggregator.add(step + 1, 0, shard, sums(config, step, shard)), "of the next step"
+            assert not aggregator.add(step, 1, shard, sums(config, step, shard)), "of another attempt"
+        report, _ = aggregator.apply(step)
+        assert report.duplicates == 4 * SHARDS
+    assert bits(aggregator.snapshot()) == bits(clean.snapshot())
+
+
+def test_an_incomplete_step_moves_nothing_and_names_what_is_missing(config: Config) -> None:
+    aggregator = Aggregator(config, IMAGE)
+    before = bits(aggregator.snapshot())
+    aggregator.add(0, 0, 2, sums(config, 0, 2))
+    report, broadcast = aggregator.apply(0)
+    assert report.missing == (0, 1, 3)
+    assert broadcast.step == 0
+    assert bits(aggregator.snapshot()) == before
+    report, _ = aggregator.apply(7)
+    assert report.missing == (0, 1, 2, 3), "another step than the current one has none of its shards"
+    assert bits(aggregator.snapshot()) == before
+    for shard in (0, 1, 3):
+        aggregator.add(0, 0, shard, sums(config, 0, shard))
+    assert aggregator.apply(0)[0].missing == ()
+    assert aggregator.step == 1
+
+
+def test_a_step_is_done_again_with_coarser_exponents(config: Config) -> None:
+    aggregator = Aggregator(config, IMAGE)
+    theta = aggregator.broadcast().values
+    aggregator.add(0, 0, 0, sums(config, 0, 0))
+    again = aggregator.redo(0, 0)
+    assert (again.step, again.attempt) == (0, 1)
+    assert (again.exponents == FIRST_EXPONENT - COARSER_BITS).all()
+    assert again.values.tobytes() == theta.tobytes()
+    assert aggregator.redo(0, 0).attempt == 1, "the same request twice is one"
+    assert aggregator.redo(3, 1).attempt == 1, "a request for another step is none"
+    assert not aggregator.add(0, 0, 1, sums(config, 0, 1)), "what comes of the first attempt is late"
+    take(aggregator, 0, [3, 1, 0, 2])
+    assert aggregator.attempt == 0
+    scaled = Aggregator(config, IMAGE)
+    for shard in range(SHARDS):  # the same values with the finer exponent
+        scaled.add(0, 0, shard, sums(config, 0, shard) << COARSER_BITS)
+    scaled.apply(0)
+    assert bits(aggregator.snapshot()) == bits(scaled.snapshot()), "the exponents are no part of the mathematics"
+
+
+@pytest.mark.parametrize("outer", OUTERS.values(), ids=OUTERS)
+def test_a_restored_aggregator_continues_to_the_same_bits(config: Config, outer: dict[str, object]) -> None:
+    config = config.with_values(outer=outer, model={"statistics": "running"}, task={"transductive": False})
+    aggregator = Aggregator(config, IMAGE)
+    assert aggregator.state, "running statistics are state"
+    for step in range(3):
+        take(aggregator, step, [0, 1, 2, 3])
+    taken = aggregator.snapshot()
+    kept = bits(taken)
+    other = Aggregator(config, IMAGE, taken)
+    assert bits(other.snapshot()) == kept
+    for step in range(3, 7):
+        take(aggregator, step, [0, 1, 2, 3])
+        take(other, step, [2, 3, 0, 1])
+    assert bits(other.snapshot()) == bits(aggregator.snapshot())
+    assert bits(taken) == kept, "a snapshot is not moved by later steps"
+
+
+def test_real_shards_in_any_order_with_repetitions(tiny: Callable[..., Config], tiny_run) -> None:
+    """The engine's own sums, shuffled differently in every step, end in the hash of the plain run."""
+    config = resolve(tiny())
+    table = prepare(config.data.sources[0])
+    worker = Worker(config, [str(table.path)])
+    aggregator = Aggregator(config, worker.engine.tasks.shape)
+    random = np.random.default_rng(0)
+    broadcast = aggregator.broadcast()
+    for step in range(config.outer.steps):
+        parts = {shard: worker.compute(broadcast, step, 0, shard)[1] for shard in random.permutation(SHARDS).tolist()}
+        for shard in random.permutation([*parts, *parts]).tolist():
+            aggregator.add(step, 0, shard, parts[shard])
+        report, broadcast = aggregator.apply(step)
+        assert (report.missing, report.duplicates) == ((), SHARDS)
+    values = Blueprint(config, worker.engine.tasks.shape).values
+    import torch
+
+    assert sha256(values.split(torch.from_numpy(broadcast.values))) == tiny_run.result["theta_sha256"]
+
+
+def test_a_worker_computes_nothing_from_parameters_of_another_step(tiny: Callable[..., Config]) -> None:
+    config = resolve(tiny())
+    worker = Worker(config, [str(prepare(config.data.sources[0]).path)])
+    broadcast = Aggregator(config, worker.engine.tasks.shape).broadcast()
+    for step, attempt in ((1, 0), (0, 1)):
+        receipt, q = worker.compute(broadcast, step, attempt, 0)
+        assert not receipt.current
+        assert q.size == 0
