@@ -6,11 +6,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from metadist.errors import ConfigError, MetadistError
+
+if TYPE_CHECKING:
+    from metadist.data.table import Table
 
 app = typer.Typer(
     name="metadist",
@@ -37,7 +40,7 @@ def told_in_one_line() -> Iterator[None]:
     try:
         yield
     except MetadistError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -88,7 +91,12 @@ def train(
         job, overrides = _job_and_overrides(words)
         config = load(job, overrides)
         if dry_run:
-            print(to_yaml(resolve(config)), end="")
+            from metadist.runtime.run_folder import fresh_name
+            from metadist.tracking.destination import resolve_uri
+
+            resolved, folder = resolve(config), run_dir or fresh_name(job)
+            uri = resolve_uri(config.tracking.uri, folder) or "off"
+            print(to_yaml(resolved.with_values(tracking={"uri": uri})), end="")
             return
         from metadist.run import train as run
 
@@ -158,41 +166,50 @@ def data_list() -> None:
     Console().print(table)
 
 
-Root = Annotated[str | None, typer.Option(help="folder that holds the raw files")]
-SplitName = Annotated[str | None, typer.Option("--split", help="named split, see `metadist data list`")]
+def _prepared(words: list[str]) -> "Table":
+    """The table of `NAME [data.root=DIR] [data.split=SPLIT]`, built or opened."""
+    from metadist.config import Source, apply_overrides, validate
+    from metadist.data.sources import prepare
+
+    names = [word for word in words if "=" not in word]
+    if len(names) != 1:
+        raise ConfigError(f"one data set at a time, not {len(names)}; `metadist data list` names them")
+    raw = apply_overrides({"data": {"name": names[0]}}, [word for word in words if "=" in word])
+    if set(raw) != {"data"}:
+        raise ConfigError("a data set has the keys data.root and data.split only")
+    source: Source = validate(raw, "override").data.sources[0]
+    return prepare(source, lambda line: print(line, file=sys.stderr))
+
+
+DataWords = Annotated[list[str], typer.Argument(metavar="NAME [data.root=DIR] [data.split=SPLIT]")]
 
 
 @data_app.command("prepare")
-def data_prepare(name: str, root: Root = None, split: SplitName = None) -> None:
-    """Build a data set's table into the cache."""
-    with told_in_one_line():
-        from metadist.config import Source
-        from metadist.data.sources import prepare
+def data_prepare(words: DataWords) -> None:
+    """Build a data set's table into the cache.
 
-        table = prepare(Source(name=name, root=root, split=split), lambda line: print(line, file=sys.stderr))
+    Example: `metadist data prepare omniglot data.root=DIR`.
+    """
+    with told_in_one_line():
+        table = _prepared(words)
         classes = ", ".join(f"{len(part.start)} meta-{which}" for which, part in table.splits.items())
-        print(f"{name}: {len(table.images):,} images {'×'.join(map(str, table.images.shape[1:]))}, {classes} classes")
+        print(f"{table.name}: {len(table.images):,} images {'×'.join(map(str, table.images.shape[1:]))}, {classes} classes")
         print(f"table {table.path}, fingerprint {table.fingerprint[:16]}")
 
 
 @data_app.command("show")
 def data_show(
-    name: str,
+    words: DataWords,
     out: Annotated[Path, typer.Option(help="PNG to write")] = Path("sheet.png"),
-    root: Root = None,
-    split: SplitName = None,
     part: Annotated[str, typer.Option(help="train, val or test classes")] = "train",
 ) -> None:
     """Draw a sheet of examples, a row per class."""
     with told_in_one_line():
-        from metadist.config import Source
         from metadist.data.sheet import save_sheet
-        from metadist.data.sources import prepare
 
         if part not in ("train", "val", "test"):
             raise ConfigError(f"--part: {part!r} is no part; valid: train, val, test")
-        table = prepare(Source(name=name, root=root, split=split), lambda line: print(line, file=sys.stderr))
-        save_sheet(table, out, split=part)
+        save_sheet(_prepared(words), out, split=part)
         print(f"wrote {out}")
 
 

@@ -16,13 +16,24 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from metadist.errors import ConfigError
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+def _no_truth_value(value: Any) -> Any:
+    """pydantic reads true as 1."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "Input should be a number")
+    return value
+
+
+Number = BeforeValidator(_no_truth_value)
+Positive = Annotated[int, Field(ge=1), Number]
+Count = Annotated[int, Field(ge=0), Number]
+AtLeastTwo = Annotated[int, Field(ge=2), Number]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), Number]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), Number]
 
 
 def _yaml_off(value: Any) -> Any:
@@ -71,12 +82,13 @@ class Data(Tree):
 class Task(Tree):
     """What an episode is, and how a meta-batch is cut into shards."""
 
-    ways: Annotated[int, Field(ge=2)] = Field(5, description="classes per episode")
+    ways: AtLeastTwo = Field(5, description="classes per episode")
     shots: Positive = Field(1, description="support examples per class")
     queries: Positive = Field(1, description="query examples per class")
     meta_batch: Positive = Field(16, description="tasks per meta-step")
     shard: Positive | Literal["auto"] = Field("auto", description="tasks per shard; part of the mathematics")
     within_group: bool = Field(False, description="draw all classes of an episode from one group (one alphabet)")
+    rotate: bool = Field(False, description="turn each class of a training episode by a random multiple of 90 degrees")
     transductive: bool = Field(True, description="normalise the queries of a task by their own batch statistics")
 
 
@@ -141,7 +153,7 @@ class Outer(Tree):
     steps: Positive = Field(1000, description="meta-steps")
     optimizer: Literal["adam", "adamw", "sgd", "rmsprop"] = Field("adam", description="of torch.optim")
     lr: Rate = Field(1e-3, description="rate at the start of the schedule")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of sgd and rmsprop")
+    momentum: Annotated[float, Field(ge=0, lt=1), Number] = Field(0.0, description="of sgd and rmsprop")
     weight_decay: NonNegative = Field(0.0, description="of the optimizer")
     clip: Rate | None = Field(None, description="largest norm of the whole meta-gradient")
     schedule: Literal["constant", "cosine", "linear", "halving"] = Field("constant", description="of the rate")
@@ -183,7 +195,7 @@ class Checkpoint(Tree):
     """How often the state becomes durable."""
 
     every: Positive = Field(100, description="meta-steps between checkpoints")
-    keep: Annotated[int, Field(ge=3)] = Field(3, description="newest checkpoints kept; the best one is kept as well")
+    keep: Annotated[int, Field(ge=3), Number] = Field(3, description="newest checkpoints kept; the best one is kept as well")
 
 
 class Eval(Tree):
@@ -193,7 +205,7 @@ class Eval(Tree):
     val_episodes: Positive = Field(200, description="episodes of a validation")
     episodes: Positive = Field(1000, description="episodes of the meta-test")
     test: bool = Field(True, description="meta-test at the end")
-    ways: Annotated[int, Field(ge=2)] | None = None
+    ways: AtLeastTwo | None = None
     shots: Positive | None = None
     queries: Positive | None = None
     inner_steps: Count | None = None
@@ -217,7 +229,7 @@ class Tracking(Tree):
 class Config(Tree):
     """A whole run."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63), Number] = 0
     data: Data = Data()
     task: Task = Task()
     model: Model = Model()
@@ -279,9 +291,11 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     loader.flatten_mapping(node)
     pairs = [(loader.construct_object(k, deep=True), loader.construct_object(v, deep=True)) for k, v in node.value]
     seen = set()
-    for key, _ in pairs:
+    for (key, _), (key_node, _) in zip(pairs, node.value, strict=True):
+        if not isinstance(key, str | int | float | None):
+            raise yaml.constructor.ConstructorError(None, None, "a key is a word", key_node.start_mark)
         if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
         seen.add(key)
     return dict(pairs)
 
@@ -423,13 +437,19 @@ def mathematics(config: Config) -> dict[str, Any]:
     """Dotted key → value of all that determines the final bits."""
     flat = dict(_flatten(config.model_dump(mode="json")))
     free = FREE_ON_RESUME + (("outer.steps",) if config.outer.schedule in ("constant", "halving") else ())
-    return {key: value for key, value in flat.items() if not any(key == f or key.startswith(f + ".") for f in free)}
+    return {
+        key: value
+        for key, value in flat.items()
+        if not any(key == f or key.startswith(f + ".") for f in free)
+        and not (key.startswith("data.name.") and key.endswith(".root"))
+    }
 
 
 def refuse_changed_mathematics(before: Config, after: Config) -> None:
     """A resumed run keeps its mathematics; one line names the first key that would not."""
     old, new = mathematics(before), mathematics(after)
-    for key in dict.fromkeys([*old, *new]):
+    # Another method has other keys; its name says more than they do.
+    for key in sorted(dict.fromkeys([*old, *new]), key=lambda key: not key.endswith(".name")):
         if old.get(key) != new.get(key):
             raise ConfigError(
                 f"{key}: was {old.get(key)} and cannot become {new.get(key)} on resume, it changes the mathematics; "
@@ -458,7 +478,8 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def _one_line(error: ValidationError, raw: dict[str, Any]) -> str:
     """The first problem, told with the key's dotted name and the nearest valid one."""
-    first = error.errors()[0]
+    # Of a union's alternatives, the one that got furthest is the one that was meant.
+    first = max(error.errors(), key=lambda problem: len(problem["loc"]))
     path = [str(part) for part in first["loc"]]
     # A discriminated union puts the chosen tag into the location; a person never wrote it.
     tag = raw.get("algorithm", {}).get("name", "maml") if isinstance(raw.get("algorithm"), dict) else None

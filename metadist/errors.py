@@ -36,6 +36,12 @@ class ClusterError(MetadistError):
     exit_code = 4
 
 
+class Interrupted(MetadistError):
+    """A person stopped the run; it can go on from its last checkpoint."""
+
+    exit_code = 130
+
+
 class Divergence(MetadistError):
     """A shard whose loss or gradient is not finite twice in a row; the last good state is kept."""
 

@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from metadist.config import Config, apply_overrides, flatten, load, resolve, validate
@@ -13,7 +14,7 @@ from metadist.engine.engine import Blueprint
 from metadist.errors import ConfigError, RunError
 from metadist.evaluation.protocol import meta_test, settings
 from metadist.run import checked_tables, start
-from metadist.runtime.durable import write
+from metadist.runtime.durable import storage_errors, write
 
 OVERRIDABLE = ("eval", "cluster", "engine", "data", "task.transductive")
 
@@ -28,7 +29,12 @@ def evaluate(run_dir: Path, overrides: Sequence[str], *, best: bool, split: str)
         raise RunError(f"{run_dir}: holds no {theta.name}; finish the run with `metadist train --resume {run_dir}`")
     tables = checked_tables(config, print)
     blueprint = Blueprint(config, tuple(tables[0].images.shape[1:]))  # type: ignore[arg-type]
-    values = load_file(theta)
+    try:
+        values = load_file(theta)
+    except SafetensorError as error:
+        raise RunError(
+            f"{theta}: is damaged ({error}); remove {run_dir / 'result.json'}, and a resume writes it again"
+        ) from error
     trained = blueprint.values.flatten({name: values[name] for name in blueprint.values.names}).numpy()
     runtime = start(config, tables, None, None, print)
     try:
@@ -46,7 +52,8 @@ def evaluate(run_dir: Path, overrides: Sequence[str], *, best: bool, split: str)
     finally:
         runtime.close()
     folder = run_dir / "evaluations"
-    folder.mkdir(exist_ok=True)
+    with storage_errors(folder):
+        folder.mkdir(exist_ok=True)
     path = folder / f"{split}-{datetime.now():%Y%m%d-%H%M%S-%f}.json"
     write(path, json.dumps(found, indent=2).encode())
     return found, path

@@ -16,11 +16,11 @@ from metadist.data.table import Table
 from metadist.engine.device import settle
 from metadist.engine.fingerprint import data_fingerprint, differences, fingerprint
 from metadist.engine.layout import sha256
-from metadist.errors import ConfigError, RunError
+from metadist.errors import ConfigError, Interrupted, RunError, StorageError
 from metadist.evaluation.protocol import check as check_evaluation
 from metadist.evaluation.protocol import meta_test, settings
 from metadist.runtime.aggregator import Snapshot
-from metadist.runtime.checkpoint import Best, load_checkpoint, newest_good
+from metadist.runtime.checkpoint import Best, checkpoints, load_checkpoint, newest_good
 from metadist.runtime.in_process import InProcess
 from metadist.runtime.journal import Journal, read_metrics
 from metadist.runtime.run_folder import RunFolder, fresh_name, refuse_existing
@@ -163,6 +163,15 @@ def _run(
                 state, _, _ = load_checkpoint(folder.checkpoints / f"step-{trainer.best.step}")
                 folder.write_values("best.safetensors", state.values)
             journal.close()
+        except StorageError as error:
+            journal.abandon()
+            kept = next((p.name for _, p in checkpoints(folder.checkpoints)), "none")
+            raise StorageError(
+                f"{error}; the newest checkpoint is {kept}: make room, then `metadist train --resume {folder.path}`"
+            ) from error
+        except KeyboardInterrupt:
+            journal.abandon()
+            raise Interrupted(f"interrupted; go on with `metadist train --resume {folder.path}`") from None
         except BaseException:
             journal.abandon()
             raise

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from typing import Any
 
 from metadist.config import Cluster
@@ -48,7 +49,9 @@ def connect(cluster: Cluster) -> tuple[Any, bool]:
     if ray.is_initialized():
         return ray, False
     try:
-        ray.init(address=cluster.address, namespace="metadist", **quiet)  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray Client warns before it raises the same
+            ray.init(address=cluster.address, namespace="metadist", **quiet)  # type: ignore[arg-type]
     except (ConnectionError, RuntimeError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
         raise ClusterError(f"cluster.address: no Ray cluster answers at {cluster.address}: {line}") from error
@@ -102,7 +105,7 @@ def _expect_answer(cluster: Cluster) -> None:
         raise ClusterError(
             f"cluster.address: {address!r} is no address; valid: local, auto, HOST:PORT, ray://HOST:PORT"
         )
-    deadline = time.monotonic() + min(cluster.timeout, 45)
+    deadline = time.monotonic() + min(cluster.timeout, 30)  # with the start-up of two interpreters less than a minute
     try:
         socket.create_connection((host, int(port)), timeout=min(cluster.timeout, 10)).close()
     except OSError as error:

@@ -11,13 +11,20 @@ from pathlib import Path
 from metadist.errors import StorageError
 
 
+REFUSALS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG,
+    errno.ENOTDIR, errno.ENAMETOOLONG,
+}  # fmt: skip
+"""What a disk or a folder says that does not take our files."""
+
+
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Tell a disk that does not take our files in one line."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EFBIG):
+        if error.errno in REFUSALS:
             raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
         raise
 

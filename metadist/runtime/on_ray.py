@@ -184,6 +184,8 @@ class OnRay:
             except RayTaskError as error:
                 if isinstance(error.cause, MetadistError):
                     raise error.cause from error
+                if isinstance(error.cause, RayError):  # θ_t, its argument, was lost with the aggregator
+                    raise AggregatorLost(f"the aggregator was lost: {_first_line(error.cause)}") from error
                 raise
             except RayActorError as error:
                 self._arriving.pop(ref, None)
@@ -256,7 +258,7 @@ class OnRay:
                 self.ray.get(acks)
                 found: Report = self.ray.get(report)
             except RayError as error:
-                raise AggregatorLost(f"step {step}: the aggregator was lost: {_first_line(error)}") from error
+                raise _lost(error, f"step {step}: ") from error
             if found.missing:
                 raise AggregatorLost(f"step {step}: shards {found.missing} did not reach the aggregator")
             self._duplicates += found.duplicates
@@ -273,12 +275,16 @@ class OnRay:
             try:
                 found: Snapshot = self.ray.get(taken)
             except RayError as error:
-                raise AggregatorLost(f"the aggregator was lost: {_first_line(error)}") from error
+                raise _lost(error) from error
             return found
 
         return later
 
     def restart(self, snapshot: Snapshot | None) -> None:
+        self._dispatcher.drop()
+        for name, item, _ in self._calls.values():  # they wait for parameters that are lost with the aggregator
+            self._dispatcher.done(name, item)
+        self._calls.clear()
         self.ray.kill(self._aggregator)
         self._start_aggregator(snapshot)
 
@@ -290,7 +296,7 @@ class OnRay:
         try:
             current = self.ray.get(self._broadcast).values if values is None else values
         except RayError as error:
-            raise AggregatorLost(f"the aggregator was lost: {_first_line(error)}") from error
+            raise _lost(error) from error
         shared = self.ray.put(current)
         self._evaluations += 1
         self._dispatcher.drop()
@@ -320,6 +326,15 @@ class OnRay:
             self.ray.kill(self._aggregator)
         if self._ours:
             disconnect()
+
+
+def _lost(error: BaseException, where: str = "") -> BaseException:
+    """What a failed call to the aggregator means: it died; or it has a defect, and would have it again."""
+    from ray.exceptions import RayError, RayTaskError
+
+    if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
+        return error
+    return AggregatorLost(f"{where}the aggregator was lost: {_first_line(error)}")
 
 
 def _first_line(error: BaseException) -> str:

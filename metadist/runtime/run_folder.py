@@ -77,9 +77,14 @@ class RunFolder:
             owner = os.pread(handle, 32, 0).decode(errors="replace").strip()
             os.close(handle)
             raise RunError(f"{self.path}: process {owner or '?'} is training in it; wait for it, or end it") from error
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
         self._lock = handle
+        try:
+            with storage_errors(self.path):
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, str(os.getpid()).encode(), 0)
+        except BaseException:
+            self.unlock()
+            raise
 
     def unlock(self) -> None:
         if self._lock is not None:

@@ -2,7 +2,9 @@
 
 Task `i` of step `t` is a pure function of (seed, split, t, i). Its classes come from one
 pool: all classes of a split, or with `within_group` the classes of one group (each
-language a task). A mixture of data sets picks the data set first, by weight.
+language a task). A mixture of data sets picks the data set first, by weight. With
+`rotate`, all examples of a class are turned by one random multiple of 90 degrees, which
+makes four classes of each (Santoro et al. 2016 do so with Omniglot), anew in every episode.
 """
 
 from collections.abc import Sequence
@@ -19,7 +21,7 @@ from metadist.tasks.episode import Episode, Examples
 SPLITS = {"train": 0, "val": 1, "test": 2}
 
 # Streams of one task: which draw belongs to which question.
-_SOURCE, _POOL, _CLASSES, _EXAMPLES = range(4)
+_SOURCE, _POOL, _CLASSES, _EXAMPLES, _TURNS = range(5)
 
 
 class FewShot:
@@ -41,6 +43,7 @@ class FewShot:
         shots: int,
         queries: int,
         within_group: bool = False,
+        rotate: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         keys: str = "task",
@@ -78,6 +81,7 @@ class FewShot:
             torch.tensor(x, device=self.device) for x in (pool_first, pool_size, pool_offset, pools, list(weights))
         )
         self._labels = torch.arange(ways, device=self.device)
+        self._turned = _turned(height, width).to(self.device) if rotate else None
 
     def indices(self, step: int, first: int, tasks: int) -> tuple[Tensor, Tensor]:
         """Classes and table rows of tasks first … first+tasks−1, int64.
@@ -107,12 +111,25 @@ class FewShot:
         classes, rows = self.indices(step, first, tasks)
         rows = rows.transpose(1, 2)  # shot by shot
         x = self._pixels(self._source[classes][:, None].expand_as(rows), rows)
+        if self._turned is not None:
+            x = (
+                x.flatten(-2)
+                .gather(-1, self._turned[self.turns(step, first, tasks)][:, None, :, None].expand(*x.shape[:-2], -1))
+                .view_as(x)
+            )
         y = self._labels.expand(tasks, self.shots + self.queries, self.ways)
         cut = self.shots
         return Episode(
             Examples(x[:, :cut].flatten(1, 2), y[:, :cut].flatten(1, 2)),
             Examples(x[:, cut:].flatten(1, 2), y[:, cut:].flatten(1, 2)),
         )
+
+    def turns(self, step: int, first: int, tasks: int) -> Tensor:
+        """Quarter turns of each class with `rotate`, int64 [tasks, ways] in [0, 4)."""
+        number = torch.arange(first, first + tasks, device=self.device)
+        task = key(self.seed, SPLITS[self.split], step, number, device=self.device)
+        way = torch.arange(self.ways, device=self.device)
+        return below(key_of(task, _TURNS)[:, None], way, 4)
 
     def _pixels(self, source: Tensor, rows: Tensor) -> Tensor:
         if len(self._images) == 1:
@@ -123,6 +140,14 @@ class FewShot:
                 here = source == number
                 picked[here] = images[rows[here]]
         return picked.to(self.dtype) / 255
+
+
+def _turned(height: int, width: int) -> Tensor:
+    """Which pixel comes where after 0 to 3 quarter turns, int64 [4, height · width]."""
+    if height != width:
+        raise DataError(f"task.rotate: a quarter turn needs square images, these are {height} × {width}")
+    pixels = torch.arange(height * width).view(height, width)
+    return torch.stack([torch.rot90(pixels, turns).flatten() for turns in range(4)])
 
 
 def key_of(keys: Tensor, coordinate: int | Tensor) -> Tensor:
@@ -171,6 +196,7 @@ def training_tasks(config: Config, tables: Sequence[Table], device: torch.device
         shots=task.shots,
         queries=task.queries,
         within_group=task.within_group,
+        rotate=task.rotate,
         dtype=getattr(torch, config.engine.dtype),
         device=device,
     )

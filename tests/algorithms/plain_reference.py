@@ -127,7 +127,9 @@ def network(model: Model, params: Named, x: Tensor, given: Given | None = None) 
 
 def stored(seen: Given) -> Named:
     """Statistics under the names that metadist's state has."""
-    return {f"{n}.norm.{k}": v.detach() for n, pair in seen.items() for k, v in zip(("mean", "variance"), pair)}
+    return {
+        f"{n}.norm.{k}": v.detach() for n, pair in seen.items() for k, v in zip(("mean", "variance"), pair, strict=True)
+    }
 
 
 # --- methods -------------------------------------------------------------------

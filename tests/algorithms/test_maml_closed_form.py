@@ -46,9 +46,7 @@ def test_closed_form_on_a_quadratic_task(steps, order, weight, engine):
     qx = torch.randn(TASKS, QUERIES, SIZE, 1, 1, generator=generator, dtype=torch.float64)
     sy = torch.randn(TASKS, SUPPORT, generator=generator, dtype=torch.float64)
     qy = torch.randn(TASKS, QUERIES, generator=generator, dtype=torch.float64)
-    algorithm = MAML(
-        Normalisation(LinearRegression(), "together"), RATE, steps, order, weight, loss=half_mean_square
-    )
+    algorithm = MAML(Normalisation(LinearRegression(), "together"), RATE, steps, order, weight, loss=half_mean_square)
     theta, _ = algorithm.init(generator)
     w = theta["head.weight"]
 

@@ -16,7 +16,13 @@ def maml(model="stride2", order=2, steps=1, transductive=True, weight=0.0, **mor
     return config_of(
         task={"ways": 5, "shots": 2, "queries": 2, "transductive": transductive},
         model={"name": model, "hidden": 6, **more},
-        algorithm={"name": "maml", "order": order, "inner_steps": steps, "inner_lr": 0.4, "support_loss_weight": weight},
+        algorithm={
+            "name": "maml",
+            "order": order,
+            "inner_steps": steps,
+            "inner_lr": 0.4,
+            "support_loss_weight": weight,
+        },
     )
 
 

@@ -96,5 +96,7 @@ def test_a_gradient_inside_vmap_differentiated_outside(stride):
 def test_nested_vmap(outside, inside):
     x, w = random(outside, inside, 2, 5, 5, 1), random(outside, inside, 3, 3, 1, 2, seed=1)
     found = vmap(vmap(lambda x, w: convolve(x, w, 2)))(x, w)
-    expected = torch.stack([torch.stack([torchs(a, b, 2) for a, b in zip(*both, strict=True)]) for both in zip(x, w, strict=True)])
+    expected = torch.stack(
+        [torch.stack([torchs(a, b, 2) for a, b in zip(*both, strict=True)]) for both in zip(x, w, strict=True)]
+    )
     close([found], [expected])

@@ -79,7 +79,7 @@ def test_below(seed, draw, bound):
 @pytest.mark.parametrize("amount", [1, 3, 7])
 def test_distinct_is_a_shuffle_that_stops_early(amount):
     keys = key(3, torch.arange(200))
-    size = torch.tensor([random.Random(i).randint(amount, 12) for i in range(200)])  # noqa: S311
+    size = torch.tensor([random.Random(i).randint(amount, 12) for i in range(200)])
     found = distinct(keys, size, amount)
     assert found.shape == (200, amount)
     for one, most, row in zip(keys.tolist(), size.tolist(), found.tolist(), strict=True):

@@ -300,3 +300,47 @@ def test_the_message_names_the_section_that_asks_for_too_much():
         evaluation_tasks(config, [make_table()], "test", "cpu")
     with pytest.raises(DataError, match=r"^task\.ways: 12"):
         training_tasks(Config().with_values(task={"ways": 12}), [make_table()], "cpu")
+
+
+# --- rotation ------------------------------------------------------------------
+
+
+def square_table():
+    table = make_table(shape=(1, 4, 4))
+    table.images[:] = torch.randint(0, 256, table.images.shape, generator=torch.Generator().manual_seed(0)).byte()
+    return table
+
+
+def test_with_rotate_each_class_is_turned_as_a_whole():
+    table = square_table()
+    still, turning = few_shot(table), few_shot(table, rotate=True)
+    assert torch.equal(still.indices(3, 2, 10)[1], turning.indices(3, 2, 10)[1])
+    plain, turned, turns = still.sample(3, 2, 10), turning.sample(3, 2, 10), turning.turns(3, 2, 10)
+    for side in (0, 1):
+        for task in range(10):
+            for x, y, expected in zip(turned[side].x[task], turned[side].y[task], plain[side].x[task], strict=True):
+                assert torch.equal(x, torch.rot90(expected, int(turns[task, y]), (1, 2)))
+
+
+def test_turns_follow_the_rule_and_are_equally_likely():
+    sampler = few_shot(square_table(), rotate=True)
+    turns = sampler.turns(7, 4, 5000)
+    for i in (0, 1, 77):
+        stream = chain(0, chain(5, 0, 7, 4 + i), 4)
+        assert turns[i].tolist() == [draw(stream, way, 4) for way in range(3)]
+    for way in range(3):
+        assert chi_square(torch.bincount(turns[:, way], minlength=4).double(), 5000 / 4) < 35
+    assert chi_square(torch.bincount(turns[:, 0] * 4 + turns[:, 1], minlength=16).double(), 5000 / 16) < 60
+
+
+def test_only_training_rotates():
+    config = Config().with_values(task={"ways": 3, "rotate": True})
+    table = square_table()
+    still = few_shot(table, split="test", seed=0, shots=1, queries=1).sample(0, 0, 8)
+    assert torch.equal(evaluation_tasks(config, [table], "test", "cpu").sample(0, 0, 8).query.x, still.query.x.float())
+    still = few_shot(table, seed=0, shots=1, queries=1).sample(0, 0, 8)
+    assert not torch.equal(training_tasks(config, [table], "cpu").sample(0, 0, 8).query.x, still.query.x.float())
+
+
+def test_only_squares_can_be_turned():
+    assert refused(rotate=True).startswith("task.rotate: a quarter turn needs square images, these are 4 × 3")

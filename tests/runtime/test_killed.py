@@ -1,0 +1,108 @@
+"""Real processes, real signals: `kill -9` of the driver and of its workers, each in a cluster of its own."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from metadist.run import resume
+
+
+@pytest.fixture
+def long_job(tiny_job: Path, long_overrides: tuple[str, ...], cli: Callable[..., Any]) -> Path:
+    path = tiny_job.with_name("long.yaml")
+    path.write_text(cli("train", tiny_job, *long_overrides, "--dry-run").out)
+    return path
+
+
+def has_checkpoint(run: Path, step: int) -> Callable[[], bool]:
+    return lambda: any(int(path.name[5:]) >= step for path in (run / "checkpoints").glob("step-*"))
+
+
+def assert_metrics_are_complete(run: Path, steps: int) -> None:
+    table = pq.read_table(run / "metrics.parquet")
+    assert table.column("step").to_pylist() == list(range(1, steps + 1))
+    assert table.column("loss").null_count == 0
+
+
+def test_a_killed_driver_without_a_cluster(
+    start_cli: Callable[..., Any], long_job: Path, long_hash: str, tmp_path: Path, wait_until: Callable[..., Any],
+    refused: Callable[..., Any], cli: Callable[..., Any],
+) -> None:  # fmt: skip
+    """Begun and killed, gone on with in a second process, killed again, ended here."""
+    run = tmp_path / "run"
+    first = start_cli("train", long_job, "--run-dir", run)
+    wait_until(has_checkpoint(run, 10), 60, "a checkpoint")
+    refused("train", "--resume", run, say=(f"process {first.pid} is training in it",))
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not (run / "result.json").exists()
+    second = start_cli("train", "--resume", run)
+    wait_until(has_checkpoint(run, 60), 60, "a later checkpoint")
+    second.send_signal(signal.SIGKILL)
+    assert second.wait() == -signal.SIGKILL, "it was killed before its end"
+    ended = cli("train", "--resume", run)
+    assert ended.code == 0, ended
+    result = json.loads((run / "result.json").read_text())
+    assert result["theta_sha256"] == long_hash
+    assert result["meta_steps"] == 150
+    assert_metrics_are_complete(run, 150)
+    assert not [path for path in run.rglob(".*") if path.name != ".lock"]
+
+
+@pytest.mark.own_cluster
+def test_a_killed_driver_with_workers(
+    start_cli: Callable[..., Any], long_job: Path, long_hash: str, tmp_path: Path, wait_until: Callable[..., Any],
+    is_alive: Callable[[int], bool], find_processes: Callable[..., list[int]],
+) -> None:  # fmt: skip
+    """Two workers, then none; the cluster of a killed driver ends with it, and Ray's token is in nobody's home."""
+    run = tmp_path / "run"
+    driver = start_cli("train", long_job, "--run-dir", run, "cluster.workers=2", "cluster.address=local")
+    wait_until(has_checkpoint(run, 10), 90, "a checkpoint")
+    started = find_processes(driver.pid, "")
+    # Ray's own agents try for two minutes to tell a cluster that is gone; they hold nothing.
+    agents = find_processes(driver.pid, "ray::DashboardAgent") + find_processes(driver.pid, "ray::RuntimeEnvAgent")
+    assert len(find_processes(driver.pid, "ray::Worker")) == 2
+    driver.send_signal(signal.SIGKILL)
+    assert driver.wait() == -signal.SIGKILL
+    left = set(started) - set(agents)
+    wait_until(lambda: not any(map(is_alive, left)), 60, "the end of all that the driver started")
+    for pid in filter(is_alive, agents):
+        os.kill(pid, signal.SIGKILL)
+    result = resume(run, ["cluster.workers=0"]).result
+    assert result["theta_sha256"] == long_hash
+    assert result["workers"] == 0
+    assert yaml.safe_load((run / "config.yaml").read_text())["cluster"]["workers"] == 0
+    assert_metrics_are_complete(run, 150)
+    assert not (tmp_path / "home" / ".ray").exists()
+
+
+@pytest.mark.own_cluster
+def test_killed_workers(
+    start_cli: Callable[..., Any], long_job: Path, long_hash: str, tmp_path: Path, wait_until: Callable[..., Any],
+    find_processes: Callable[..., list[int]],
+) -> None:  # fmt: skip
+    """One after the other, both: those who come instead end the run."""
+    run = tmp_path / "run"
+    driver = start_cli("train", long_job, "--run-dir", run, "cluster.workers=2", "cluster.address=local")
+    wait_until(has_checkpoint(run, 10), 90, "a checkpoint")
+    first, second = find_processes(driver.pid, "ray::Worker")
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: f"worker {first} died" in driver.said, 30, "the word of the death")
+    os.kill(second, signal.SIGKILL)
+    assert driver.wait(120) == 0, driver.said
+    assert f"worker {second} died" in driver.said
+    assert "Traceback" not in driver.said
+    result = json.loads((run / "result.json").read_text())
+    assert result["theta_sha256"] == long_hash
+    assert result["steps_recomputed"] == 0, "no step is lost with a worker"
+    shards = result["shards_by_worker"]
+    assert {str(first), str(second)} < set(shards)
+    assert sum(shards.values()) == 150 * 4, "each shard is counted once"
+    assert_metrics_are_complete(run, 150)

@@ -1,0 +1,160 @@
+"""Same config, same seed, same bits: for any number of workers on a real cluster, and through what happens to them."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metadist.config import Config, resolve
+from metadist.data.sources import prepare
+from metadist.errors import ClusterError, Divergence
+from metadist.run import resume, train
+from metadist.runtime.checkpoint import newest_good
+
+pytestmark = pytest.mark.cluster
+
+Make = Callable[..., Config]
+
+
+@pytest.fixture
+def on_cluster(tiny: Make, cluster: Any) -> Make:
+    def make(workers: int, *overrides: str) -> Config:
+        return tiny(f"cluster.workers={workers}", f"cluster.address={cluster.address}", *overrides)
+
+    return make
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_any_number_of_workers(workers: int, on_cluster: Make, tiny_run: Any, tmp_path: Path) -> None:
+    result = train(on_cluster(workers), "tiny", tmp_path / "run").result
+    assert result["theta_sha256"] == tiny_run.result["theta_sha256"]
+    assert result["test"] == tiny_run.result["test"]
+    assert result["untrained"] == tiny_run.result["untrained"]
+    assert result["best"] == tiny_run.result["best"]
+    assert result["numeric_fingerprint"] == tiny_run.result["numeric_fingerprint"]
+    assert result["workers"] == workers
+    assert result["steps_recomputed"] == 0
+    shards = result["shards_by_worker"]
+    assert len(shards) == workers
+    assert sum(shards.values()) == 12 * 4
+    assert all(count > 0 for count in shards.values()), "every worker has some"
+    assert all(int(pid) != os.getpid() for pid in shards)
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+
+
+def test_a_bound_that_is_exceeded(on_cluster: Make, tiny: Make, tmp_path: Path) -> None:
+    """Step 0 begins again with coarser exponents, three times, while shards of the first attempts are on their way."""
+    override = "algorithm.support_loss_weight=1e18"
+    alone = train(tiny(override), "tiny", tmp_path / "alone").result
+    assert alone["shards_recomputed"] > 0
+    together = train(on_cluster(2, override), "tiny", tmp_path / "together").result
+    assert together["shards_recomputed"] > 0
+    assert together["theta_sha256"] == alone["theta_sha256"]
+    assert together["test"] == alone["test"]
+    assert sum(together["shards_by_worker"].values()) == 12 * 4
+
+
+def test_a_loss_that_is_not_finite_is_computed_by_two_workers(on_cluster: Make, tmp_path: Path) -> None:
+    with pytest.raises(Divergence, match="diverged at step 1:"):
+        train(on_cluster(2, "outer.lr=1e30", "outer.optimizer=sgd"), "tiny", tmp_path / "run")
+    found = newest_good(tmp_path / "run" / "checkpoints", pytest.fail)
+    assert found is not None
+    assert found[0].step == 1
+
+
+def test_a_defect_in_the_aggregator_is_no_loss_of_it(on_cluster: Make, tmp_path: Path) -> None:
+    """What fails for a reason of its own fails again: it is told, and not tried for ever."""
+    with pytest.raises(Exception, match="overflow"):
+        train(on_cluster(1, "outer.lr=1e300", "outer.optimizer=sgd"), "tiny", tmp_path / "run")
+
+
+def test_a_resume_with_workers(on_cluster: Make, half_run: Path, tiny_run: Any, cluster: Any) -> None:
+    """Begun in one process, ended by three workers."""
+    result = resume(half_run, ["cluster.workers=3", f"cluster.address={cluster.address}"]).result
+    assert result["theta_sha256"] == tiny_run.result["theta_sha256"]
+    assert result["test"] == tiny_run.result["test"]
+    assert result["workers"] == 3
+    assert result["reproducible"] is True
+
+
+def kill_actor(cluster: Any, find: Callable[..., Any], name: str, when: Callable[[], Any]) -> threading.Thread:
+    """Ends an actor's process as soon as a condition holds."""
+
+    def work() -> None:
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            if when() and (pids := find(cluster.pid, f"ray::{name}")):
+                os.kill(pids[0], signal.SIGKILL)
+                return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_killed_aggregator(
+    on_cluster: Make, long_hash: str, long_overrides: tuple[str, ...], cluster: Any, find_processes: Any, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = tmp_path / "run"
+    killer = kill_actor(cluster, find_processes, "Aggregator", lambda: (run / "checkpoints" / "step-30").exists())
+    result = train(on_cluster(2, *long_overrides), "long", run).result
+    killer.join(1)
+    assert "the aggregator" in capsys.readouterr().out, "it was killed while it was needed"
+    assert result["theta_sha256"] == long_hash
+    assert result["meta_steps"] == 150
+    assert result["steps_recomputed"] >= 0
+
+
+def test_each_worker_sees_its_own_gpu(tiny: Make, cluster: Any) -> None:
+    """Logical GPUs: the devices that two workers see are one each, and different."""
+    from metadist.runtime.on_ray import OnRay
+
+    config = resolve(tiny("cluster.workers=2", f"cluster.address={cluster.address}"))
+    config = config.with_values(cluster={"gpus": 1.0})  # engine.device stays cpu: there may be no real GPU here
+    table = prepare(config.data.sources[0])
+    runtime = OnRay(config, [table], None, None, pytest.fail)
+    try:
+        seen = [runtime.ray.get(actor.introduce.remote()).gpus for actor in runtime._actors.values()]
+    finally:
+        runtime.close()
+    assert sorted(seen) == [("0",), ("1",)]
+
+
+def test_more_workers_than_the_cluster_can_hold(on_cluster: Make, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=r"cluster\.workers: 9 workers.*at most 3 workers are valid"):
+        train(on_cluster(9), "tiny", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_worker_with_other_bits_is_refused(
+    on_cluster: Make, half_run: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The probe shard of the run's record is another one: nothing of this machine may join."""
+    import metadist.run
+
+    real = metadist.run.newest_good
+
+    def other(*arguments: Any) -> Any:
+        snapshot, best, record = real(*arguments)
+        return snapshot, best, {**record, "fingerprint": {**record["fingerprint"], "probe": "0" * 64}}
+
+    monkeypatch.setattr(metadist.run, "newest_good", other)
+    before = (half_run / "config.yaml").read_text()
+    with pytest.raises(ClusterError, match="the probe shard hashes to") as told:
+        resume(half_run, ["cluster.workers=1", f"cluster.address={cluster.address}"])
+    assert "\n" not in str(told.value)
+    assert (half_run / "config.yaml").read_text() == before
+
+
+def test_nothing_stays_on_the_cluster(cluster: Any, find_processes: Any, wait_until: Any) -> None:
+    """After all the runs of this file, the ones that failed too."""
+    for name in ("ray::Worker", "ray::Aggregator"):
+        wait_until(lambda name=name: not find_processes(cluster.pid, name), 20, f"the end of every {name}")
