@@ -45,7 +45,7 @@ COMMAND = [sys.executable, "-c", "from metadist.cli import main; main()"]
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast first: tests without a cluster, then those that share one, then those that start their own."""
-    items.sort(key=lambda item: 2 if item.get_closest_marker("own_cluster") else bool(item.get_closest_marker("cluster")))
+    items.sort(key=lambda i: 2 if i.get_closest_marker("own_cluster") else bool(i.get_closest_marker("cluster")))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -30,7 +30,8 @@ Make = Callable[..., Config]
 
 def test_the_folder(tiny_run: Any) -> None:
     assert sorted(os.listdir(tiny_run.folder)) == [
-        ".lock", "best.safetensors", "checkpoints", "config.yaml", "metrics.parquet", "result.json", "theta.safetensors",
+        ".lock", "best.safetensors", "checkpoints", "config.yaml", "metrics.parquet", "result.json",
+        "theta.safetensors",
     ]  # fmt: skip
     steps = {path.name for path in (tiny_run.folder / "checkpoints").iterdir()}
     assert {"step-12", "step-8"} <= steps, "the newest"
@@ -161,9 +162,7 @@ def test_a_finished_run_says_so(tiny_copy: Path, tiny_run: Any, cli: Callable[..
 
 
 @pytest.mark.parametrize("damage", ["all", "newest"])
-def test_damaged_checkpoints(
-    half_run: Path, tiny_run: Any, damage: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_checkpoints(half_run: Path, tiny_run: Any, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     paths = sorted((half_run / "checkpoints").iterdir(), key=lambda path: int(path.name[5:]))
     for path in paths if damage == "all" else paths[-1:]:
         with (path / "state.safetensors").open("r+b") as file:
@@ -177,9 +176,7 @@ def test_damaged_checkpoints(
     assert pq.read_table(half_run / "metrics.parquet").column("step").to_pylist() == list(range(1, 13))
 
 
-def test_without_a_checkpoint_it_starts_at_0(
-    half_run: Path, tiny_run: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_checkpoint_it_starts_at_0(half_run: Path, tiny_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(half_run / "checkpoints")
     (half_run / "metrics.parquet").unlink()
     assert resume(half_run, []).result["theta_sha256"] == tiny_run.result["theta_sha256"]

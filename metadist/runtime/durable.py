@@ -10,7 +10,6 @@ from pathlib import Path
 
 from metadist.errors import StorageError
 
-
 REFUSALS = {
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG,
     errno.ENOTDIR, errno.ENAMETOOLONG,

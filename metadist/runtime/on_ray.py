@@ -328,13 +328,12 @@ class OnRay:
             disconnect()
 
 
-def _lost(error: BaseException, where: str = "") -> BaseException:
+def _lost(error: Exception, where: str = "") -> Exception:
     """What a failed call to the aggregator means: it died; or it has a defect, and would have it again."""
     from ray.exceptions import RayError, RayTaskError
 
-    if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
-        return error
-    return AggregatorLost(f"{where}the aggregator was lost: {_first_line(error)}")
+    defect = isinstance(error, RayTaskError) and not isinstance(error.cause, RayError)
+    return error if defect else AggregatorLost(f"{where}the aggregator was lost: {_first_line(error)}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -48,11 +48,11 @@ def test_equals_a_plain_autograd_loop(model, order, steps, transductive, weight)
 
 
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("changes", [
-    {"norm": "layer"}, {"norm": "none"}, {"activation": "tanh"}, {"activation": "softplus"}, {"pool": "avg"},
-    {"statistics": "running"},
+@pytest.mark.parametrize(("model", "changes"), [
+    *((model, {"norm": norm}) for model in ("stride2", "conv4-fc", "mlp") for norm in ("layer", "none")),
+    *((model, {"statistics": "running"}) for model in ("stride2", "conv4", "mlp")),
+    ("stride2", {"activation": "tanh"}), ("conv4", {"activation": "softplus", "pool": "avg"}),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("model", ["stride2", "conv4", "mlp"])
 def test_equals_it_with_other_norms_activations_and_pools(model, changes, order):
     config = maml(model, order, 2, not changes.get("statistics"), 0.3, **changes)
     # Running statistics are collected in training and used in evaluation only.

@@ -22,7 +22,7 @@ METHODS = {
 MODELS = ("stride2", "conv4", "conv4-fc", "mlp")
 
 
-def agree(algorithm, model=None, task=None, evaluation=None, tasks=3, image=(1, 16, 17), seed=0):
+def agree(algorithm, model=None, task=None, evaluation=None, tasks=2, image=(1, 16, 17), seed=0):
     """The largest difference of any sum, relative to the largest element of all sums of its kind."""
     config = validate(
         {
@@ -75,8 +75,7 @@ def test_every_method_and_model(method, model):
 
 
 @pytest.mark.parametrize("changes", [
-    {"model": {"norm": "layer"}}, {"model": {"norm": "none"}}, {"model": {"name": "conv4", "pool": "avg"}},
-    {"model": {"activation": "softplus"}}, {"task": {"transductive": False}},
+    {"model": {"norm": "layer"}}, {"model": {"norm": "none"}}, {"task": {"transductive": False}},
     {"task": {"transductive": False}, "model": {"statistics": "running"}},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("method", list(METHODS))
@@ -125,6 +124,6 @@ def problems(draw):
 
 
 @given(problems())
-@settings(deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=15, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_any_problem(problem):
     assert agree(**problem, image=(1, 16, 16)) < 1e-12

@@ -47,7 +47,7 @@ def test_a_new_folder_is_whole(folder: RunFolder, tiny: Callable[..., Config]) -
 
 
 def test_a_folder_that_exists_is_refused(folder: RunFolder, tiny: Callable[..., Config]) -> None:
-    with pytest.raises(RunError, match="exists already.*--resume"):
+    with pytest.raises(RunError, match=r"exists already.*--resume"):
         RunFolder.create(folder.path, tiny())
 
 

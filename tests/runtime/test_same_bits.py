@@ -100,8 +100,8 @@ def kill_actor(cluster: Any, find: Callable[..., Any], name: str, when: Callable
 
 
 def test_a_killed_aggregator(
-    on_cluster: Make, long_hash: str, long_overrides: tuple[str, ...], cluster: Any, find_processes: Any, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    on_cluster: Make, long_hash: str, long_overrides: tuple[str, ...], cluster: Any, find_processes: Any,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     run = tmp_path / "run"
     killer = kill_actor(cluster, find_processes, "Aggregator", lambda: (run / "checkpoints" / "step-30").exists())
