@@ -6,11 +6,12 @@ step's sum alone, so that everybody agrees on it beforehand.
 
 Casting NaN, an infinity or a value beyond 2^63 to int64 is silent, and whether a partial
 sum overflows depends on the grouping. So every part is checked before it is added: finite,
-and |q| ≤ 2^62 / parts. A part that exceeds the bound makes the whole step be done again
-with coarser exponents, whichever part it was, so that this too depends on no order.
+and |q| ≤ 2^62 / parts. Where parts exceed the bound, the whole step is done again with
+coarser exponents for the tensors in which any of them did, once all parts have been seen,
+so that this too depends on no order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -27,17 +28,31 @@ FIRST_EXPONENT = 40
 """Of every tensor at step 0."""
 
 COARSER_BITS = 16
-"""How much coarser a step is done again after a part exceeded its bound."""
+"""How much coarser a tensor becomes for doing a step again after a part exceeded its bound."""
+
+FINER_BITS = 20
+"""How much finer a tensor becomes after a step in which it summed to zero, until `FINEST`."""
+
+FINEST = 130
+"""Nothing above float32's smallest normal number rounds to zero; a few redos lead back from here."""
 
 LOWEST, HIGHEST = -900, 900
 
 
 class Part(NamedTuple):
-    """A quantised summand: q int64 [total], and what is wrong with it, if anything."""
+    """A quantised summand: q int64 [total], and what is wrong with it, if anything.
+
+    exceeding: indices of the tensors that are beyond the bound; q is zero then.
+    """
 
     q: np.ndarray
     finite: bool
-    fits: bool
+    exceeding: tuple[int, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether it may be added."""
+        return self.finite and not self.exceeding
 
 
 def first_exponents(layout: Layout) -> np.ndarray:
@@ -46,9 +61,11 @@ def first_exponents(layout: Layout) -> np.ndarray:
     return exponents
 
 
-def coarser(exponents: np.ndarray) -> np.ndarray:
+def coarser(exponents: np.ndarray, exceeding: Iterable[int]) -> np.ndarray:
     """For doing a step again."""
-    result: np.ndarray = np.maximum(exponents - COARSER_BITS, LOWEST)
+    result = exponents.copy()
+    for index in exceeding:
+        result[index] = max(result[index] - COARSER_BITS, LOWEST)
     return result
 
 
@@ -60,13 +77,15 @@ def scales(layout: Layout, exponents: np.ndarray, device: torch.device | str = "
 
 def quantise(layout: Layout, tensors: Mapping[str, Tensor], scale: Tensor, parts: int) -> Part:
     """round(x · 2^e) of all tensors in one flat buffer; `parts` is how many such buffers will be added."""
-    scaled = layout.flatten(tensors).detach().double() * scale
-    rounded = scaled.round_()
-    largest = float(rounded.abs().max())
-    finite = np.isfinite(largest).item()
-    fits = finite and largest <= 2.0**HEADROOM_BITS / parts
-    q = rounded.long() if fits else torch.zeros_like(rounded, dtype=torch.int64)
-    return Part(q.cpu().numpy(), finite, fits)
+    values = layout.flatten(tensors).detach().double()
+    rounded = (values * scale).round_()
+    bound = 2.0**HEADROOM_BITS / parts
+    if float(rounded.abs().max()) <= bound:  # false for NaN
+        return Part(rounded.long().cpu().numpy(), True, ())
+    finite = bool(values.isfinite().all())
+    each = layout.split(rounded.abs())
+    exceeding = tuple(index for index, name in enumerate(layout.names) if not float(each[name].max()) <= bound)
+    return Part(np.zeros(layout.total, dtype=np.int64), finite, exceeding)
 
 
 def dequantise(layout: Layout, total: np.ndarray, exponents: np.ndarray) -> dict[str, Tensor]:
@@ -79,7 +98,7 @@ def dequantise(layout: Layout, total: np.ndarray, exponents: np.ndarray) -> dict
 def next_exponents(layout: Layout, total: np.ndarray, exponents: np.ndarray) -> np.ndarray:
     """Exponents of the next step, from this step's sum: its largest element comes to 2^45.
 
-    A tensor whose sum is zero keeps its exponent.
+    A tensor whose sum is zero was zero, or too small for its exponent: it becomes finer.
     """
     result = exponents.copy()
     starts = np.concatenate([[0], np.cumsum(layout.sizes)])
@@ -89,5 +108,7 @@ def next_exponents(layout: Layout, total: np.ndarray, exponents: np.ndarray) -> 
         largest = max(int(part.max()), -int(part.min())) if part.size else 0
         if largest:
             result[index] += TARGET_BITS - largest.bit_length()
+        else:
+            result[index] = max(result[index], min(result[index] + FINER_BITS, FINEST))
     np.clip(result, LOWEST, HIGHEST, out=result)
     return result

@@ -3,6 +3,7 @@
 A plain class. It runs in the driver's process or, unchanged, as a Ray actor.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -90,10 +91,10 @@ class Aggregator:
         self.total += q
         return True
 
-    def redo(self, step: int, attempt: int) -> Broadcast:
-        """Begin the step again with coarser exponents, after a shard exceeded its bound."""
+    def redo(self, step: int, attempt: int, exceeding: Iterable[int]) -> Broadcast:
+        """Begin the step again with coarser exponents for the tensors in which some shard exceeded its bound."""
         if (step, attempt) == (self.step, self.attempt):
-            self.exponents = coarser(self.exponents)
+            self.exponents = coarser(self.exponents, exceeding)
             self._open(attempt + 1)
         return self.broadcast()
 

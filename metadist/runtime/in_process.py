@@ -34,12 +34,13 @@ class InProcess:
         pass
 
     def finish(self, step: int) -> None:
-        while not self._all_shards(step):
-            self._broadcast = self.aggregator.redo(step, self._broadcast.attempt)
+        while exceeding := self._all_shards(step):
+            self._recomputed += self.worker.engine.shards
+            self._broadcast = self.aggregator.redo(step, self._broadcast.attempt, sorted(exceeding))
 
-    def _all_shards(self, step: int) -> bool:
-        """Whether every shard fits its bound."""
-        attempt = self._broadcast.attempt
+    def _all_shards(self, step: int) -> set[int]:
+        """Compute and count every shard; the tensors in which any of them exceeded its bound."""
+        attempt, exceeding = self._broadcast.attempt, set[int]()
         for shard in range(self.worker.engine.shards):
             receipt, q = self.worker.compute(self._broadcast, step, attempt, shard)
             if not receipt.finite:
@@ -47,12 +48,11 @@ class InProcess:
                 receipt, q = self.worker.compute(self._broadcast, step, attempt, shard)
                 if not receipt.finite:
                     raise NotFinite(step, shard)
-            if not receipt.fits:
-                self._recomputed += shard + 1
-                return False
-            self.aggregator.add(step, attempt, shard, q)
-            self._computed += 1
-        return True
+            exceeding.update(receipt.exceeding)
+            if not receipt.exceeding:
+                self.aggregator.add(step, attempt, shard, q)
+                self._computed += 1
+        return exceeding
 
     def apply(self, step: int) -> Later:
         report, self._broadcast = self.aggregator.apply(step)

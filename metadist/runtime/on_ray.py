@@ -214,6 +214,7 @@ class OnRay:
     def _open_step(self, step: int) -> None:
         self._dispatcher.drop()
         self._failures.clear()
+        self._exceeding: set[int] = set()
         self._dispatcher.add(Shard(step, self._attempt, shard) for shard in range(self._per_step))
         self._hand_out()
 
@@ -222,6 +223,11 @@ class OnRay:
             for name, item, receipt, q in self._events():
                 if isinstance(item, Shard) and isinstance(receipt, Receipt):
                     self._take(step, name, item, receipt, q)
+            if not self._dispatcher.open and self._exceeding:
+                self._recomputed += self._per_step
+                self._broadcast = self._aggregator.redo.remote(step, self._attempt, sorted(self._exceeding))
+                self._attempt += 1
+                self._open_step(step)
             self._hand_out()
 
     def _take(self, step: int, name: str, item: Shard, receipt: Receipt, q: Any) -> None:
@@ -236,12 +242,9 @@ class OnRay:
             if self._failures[item] > 1:
                 raise NotFinite(step, item.shard)
             self._dispatcher.again(name, item)
-        elif not receipt.fits:
-            self._recomputed += self._per_step
+        elif receipt.exceeding:
+            self._exceeding.update(receipt.exceeding)
             self._dispatcher.done(name, item)
-            self._broadcast = self._aggregator.redo.remote(step, self._attempt)
-            self._attempt += 1
-            self._open_step(step)
         elif self._dispatcher.done(name, item):
             self._shards[str(receipt.pid)] = self._shards.get(str(receipt.pid), 0) + 1
             # Calls from one driver to one actor run in order, so this is counted before `apply`.

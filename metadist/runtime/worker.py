@@ -34,11 +34,15 @@ class Introduction(NamedTuple):
 
 
 class Receipt(NamedTuple):
-    """What goes to the driver about a computed shard; the sums themselves go to the aggregator."""
+    """What goes to the driver about a computed shard; the sums themselves go to the aggregator.
+
+    exceeding: the tensors beyond the bound of the exact sum; current: whether the
+    parameters were those of the step.
+    """
 
     pid: int
     finite: bool
-    fits: bool
+    exceeding: tuple[int, ...]
     current: bool
     seconds: float
 
@@ -72,9 +76,9 @@ class Worker:
         """One shard of one step; nothing is computed from a broadcast of another step."""
         started = time.perf_counter()
         if (broadcast.step, broadcast.attempt) != (step, attempt):
-            return Receipt(os.getpid(), True, True, False, 0.0), np.zeros(0, dtype=np.int64)
+            return Receipt(os.getpid(), True, (), False, 0.0), np.zeros(0, dtype=np.int64)
         part = self.engine.part(broadcast.values, broadcast.exponents, step, shard)
-        return Receipt(os.getpid(), part.finite, part.fits, True, time.perf_counter() - started), part.q
+        return Receipt(os.getpid(), part.finite, part.exceeding, True, time.perf_counter() - started), part.q
 
     def judge(self, values: np.ndarray, judged: Config, split: str, first: int, tasks: int) -> dict[str, np.ndarray]:
         """Accuracy and loss of evaluation tasks first … first+tasks−1."""

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from metadist.engine.exact import (
     COARSER_BITS,
+    FINER_BITS,
+    FINEST,
     FIRST_EXPONENT,
     HEADROOM_BITS,
     HIGHEST,
@@ -93,7 +95,7 @@ def test_the_sum_is_accurate(values, magnitude):
     for _ in range(20):  # a run's first steps
         parts = parts_of(values, exponents)
         if not all(part.fits for part in parts):
-            exponents = coarser(exponents)
+            exponents = coarser(exponents, {index for part in parts for index in part.exceeding})
             continue
         total = sum(part.q for part in parts)
         settled, exponents = exponents, next_exponents(LAYOUT, total, exponents)
@@ -189,15 +191,24 @@ def test_exponents_of_the_first_step_and_of_a_step_done_again():
     exponents = first_exponents(LAYOUT)
     assert exponents.dtype == np.int64
     assert exponents.tolist() == [FIRST_EXPONENT] * 2
-    assert coarser(exponents).tolist() == [FIRST_EXPONENT - COARSER_BITS] * 2
-    assert coarser(np.array([LOWEST, LOWEST + 3])).tolist() == [LOWEST, LOWEST]
+    assert coarser(exponents, [0, 1]).tolist() == [FIRST_EXPONENT - COARSER_BITS] * 2
+    assert coarser(exponents, [1]).tolist() == [FIRST_EXPONENT, FIRST_EXPONENT - COARSER_BITS]
+    assert exponents.tolist() == [FIRST_EXPONENT] * 2, "the old ones stay"
+    assert coarser(np.array([LOWEST, LOWEST + 3]), [0, 1]).tolist() == [LOWEST, LOWEST]
+
+
+def test_only_the_tensor_that_exceeds_its_bound_is_named():
+    exponents = first_exponents(LAYOUT)
+    rows = [[1.0] * 6, [1e30] + [1.0] * 5, [1.0] * 5 + [1e30]]
+    assert [part.exceeding for part in parts_of(rows)] == [(), (0,), (1,)]
+    assert quantise(LAYOUT, tensors_of([1e30] * 6), scales(LAYOUT, exponents), 1).exceeding == (0, 1)
 
 
 def test_a_part_that_is_too_large_fits_after_a_few_coarser_tries():
     exponents = first_exponents(LAYOUT)
     tries = 0
     while not quantise(LAYOUT, tensors_of([1e30] * 6), scales(LAYOUT, exponents), 16).fits:
-        exponents, tries = coarser(exponents), tries + 1
+        exponents, tries = coarser(exponents, [0, 1]), tries + 1
     assert tries == math.ceil((math.log2(1e30) + FIRST_EXPONENT - (HEADROOM_BITS - 4)) / COARSER_BITS)
 
 
@@ -207,12 +218,13 @@ def test_next_exponents_bring_the_largest_element_to_its_target(x, y, exponent):
     total = np.array([x, y, 0, 0, 0, 0], dtype=np.int64)
     found = next_exponents(LAYOUT, total, np.full(2, exponent))
     largest = max(abs(x), abs(y))
-    assert found[1] == exponent  # a tensor whose sum is zero keeps its exponent
+    finer = max(exponent, min(exponent + FINER_BITS, FINEST))
+    assert found[1] == finer  # a tensor whose sum is zero was perhaps too small
     if largest:
         moved = largest * 2.0 ** (int(found[0]) - exponent)
         assert 2.0 ** (TARGET_BITS - 1) <= moved < 2.0**TARGET_BITS * (1 + 2**-50)
     else:
-        assert found[0] == exponent
+        assert found[0] == finer
 
 
 def test_exponents_stay_within_what_float64_can_scale():
@@ -230,7 +242,7 @@ def test_zero_tensors():
     parts = parts_of([[0.0] * 6] * 3)
     total = sum(part.q for part in parts)
     assert all(part.finite and part.fits for part in parts)
-    assert next_exponents(LAYOUT, total, first_exponents(LAYOUT)).tolist() == [FIRST_EXPONENT] * 2
+    assert next_exponents(LAYOUT, total, first_exponents(LAYOUT)).tolist() == [FIRST_EXPONENT + FINER_BITS] * 2
     assert all(not value.any() for value in dequantise(LAYOUT, total, first_exponents(LAYOUT)).values())
 
 

@@ -109,12 +109,13 @@ def test_a_step_is_done_again_with_coarser_exponents(config: Config) -> None:
     aggregator = Aggregator(config, IMAGE)
     theta = aggregator.broadcast().values
     aggregator.add(0, 0, 0, sums(config, 0, 0))
-    again = aggregator.redo(0, 0)
+    names = aggregator.blueprint.sums.names
+    again = aggregator.redo(0, 0, range(len(names)))
     assert (again.step, again.attempt) == (0, 1)
     assert (again.exponents == FIRST_EXPONENT - COARSER_BITS).all()
     assert again.values.tobytes() == theta.tobytes()
-    assert aggregator.redo(0, 0).attempt == 1, "the same request twice is one"
-    assert aggregator.redo(3, 1).attempt == 1, "a request for another step is none"
+    assert aggregator.redo(0, 0, [0]).attempt == 1, "the same request twice is one"
+    assert aggregator.redo(3, 1, [0]).attempt == 1, "a request for another step is none"
     assert not aggregator.add(0, 0, 1, sums(config, 0, 1)), "what comes of the first attempt is late"
     take(aggregator, 0, [3, 1, 0, 2])
     assert aggregator.attempt == 0

@@ -38,7 +38,7 @@ def reference(redos: list[int]) -> Snapshot:
     aggregator = Aggregator(CONFIG, IMAGE)
     for step, times in enumerate(redos):
         for attempt in range(times):
-            aggregator.redo(step, attempt)
+            aggregator.redo(step, attempt, [0])
         for shard in range(SHARDS):
             assert aggregator.add(step, times, shard, sums((step, times, shard)))
         aggregator.apply(step)
@@ -129,7 +129,7 @@ class Run(RuleBasedStateMachine):
         if not self.dispatcher.done(worker, item):  # late: it changes nothing but frees its place
             self.hand_out()
             return
-        broadcast = self.aggregator.redo(self.step, self.attempt)
+        broadcast = self.aggregator.redo(self.step, self.attempt, [0])
         self.attempt += 1
         assert (broadcast.step, broadcast.attempt) == (self.step, self.attempt)
         self.counted.clear()
