@@ -193,7 +193,8 @@ def data_prepare(words: DataWords) -> None:
     with told_in_one_line():
         table = _prepared(words)
         classes = ", ".join(f"{len(part.start)} meta-{which}" for which, part in table.splits.items())
-        print(f"{table.name}: {len(table.images):,} images {'×'.join(map(str, table.images.shape[1:]))}, {classes} classes")
+        shape = "×".join(map(str, table.images.shape[1:]))
+        print(f"{table.name}: {len(table.images):,} images {shape}, {classes} classes")
         print(f"table {table.path}, fingerprint {table.fingerprint[:16]}")
 
 

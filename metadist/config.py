@@ -32,7 +32,7 @@ Number = BeforeValidator(_no_truth_value)
 Positive = Annotated[int, Field(ge=1), Number]
 Count = Annotated[int, Field(ge=0), Number]
 AtLeastTwo = Annotated[int, Field(ge=2), Number]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), Number]
+Rate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False), Number]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), Number]
 
 
@@ -195,7 +195,7 @@ class Checkpoint(Tree):
     """How often the state becomes durable."""
 
     every: Positive = Field(100, description="meta-steps between checkpoints")
-    keep: Annotated[int, Field(ge=3), Number] = Field(3, description="newest checkpoints kept; the best one is kept as well")
+    keep: Annotated[int, Field(ge=3), Number] = Field(3, description="newest checkpoints kept, and the best one")
 
 
 class Eval(Tree):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from metadist.config import Config
-from metadist.errors import Divergence
+from metadist.errors import ClusterError, Divergence
 from metadist.evaluation.protocol import Score, score, validation_settings
 from metadist.runtime.aggregator import Report, Snapshot
 from metadist.runtime.checkpoint import Best, newest_good, prune, save_checkpoint
@@ -14,6 +14,10 @@ from metadist.runtime.journal import Journal
 from metadist.runtime.run_folder import RunFolder
 from metadist.runtime.runtime import AggregatorLost, Later, NotFinite, Runtime
 from metadist.tracking.progress import Progress
+
+
+MOST_LOSSES = 5
+"""Aggregators that may die one after the other without a new checkpoint in between."""
 
 
 class Trainer:
@@ -39,6 +43,7 @@ class Trainer:
         self.recomputed: int = self.record["steps_recomputed"]
         self.started = time.time()
         self._done_here, self._training = 0, 0.0
+        self._losses, self._went_back_to = 0, -1
 
     @property
     def tasks_per_second(self) -> float:
@@ -142,6 +147,10 @@ class Trainer:
         snapshot, self.best = (found[0], found[1]) if found else (None, None)
         step = snapshot.step if snapshot else 0
         self.recomputed += max(0, int(at) - step)
+        self._losses = self._losses + 1 if step == self._went_back_to else 1
+        self._went_back_to = step
+        if self._losses >= MOST_LOSSES:
+            raise ClusterError(f"{lost}; {self._losses} times in a row from step {step}")
         self.journal.cut(step)
         self.display.note(f"{lost}; going on from step {step}")
         self.runtime.restart(snapshot)

@@ -275,7 +275,8 @@ def _new_points(path: Path, delivered: dict[str, int]) -> Iterator["Metric"]:
 
     if not path.exists():
         return iter(())
-    table = pq.read_table(path, use_threads=False, memory_map=False)
+    with path.open("rb") as file:  # by its path it would be opened twice, and may be replaced in between
+        table = pq.read_table(file, use_threads=False)
     columns = []
     for field in table.schema:
         number = pa.types.is_floating(field.type) or pa.types.is_integer(field.type) or pa.types.is_boolean(field.type)
