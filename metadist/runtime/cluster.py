@@ -26,6 +26,8 @@ def connect(cluster: Cluster) -> tuple[Any, bool]:
     ask for. Raises ClusterError in one line where nothing answers within `cluster.timeout`.
     """
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    # Ray gives workers the lowest but four priorities; on a full machine everything else would go first.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
     if cluster.address == "local":

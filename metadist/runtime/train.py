@@ -15,7 +15,6 @@ from metadist.runtime.run_folder import RunFolder
 from metadist.runtime.runtime import AggregatorLost, Later, NotFinite, Runtime
 from metadist.tracking.progress import Progress
 
-
 MOST_LOSSES = 5
 """Aggregators that may die one after the other without a new checkpoint in between."""
 
