@@ -66,8 +66,8 @@ def test_an_override(train: Refused, word: str, say: tuple[str, ...]) -> None:
     train(word, say=say)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
-def test_no_gpu_here(train: Refused) -> None:
+def test_no_gpu_here(train: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     train("engine.device=cuda", say=("engine.device", "cpu"))
 
 

@@ -1,0 +1,62 @@
+"""A trained run in a person's hands gives what evaluation computes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from metadist import algorithms
+from metadist.config import Config
+from metadist.engine.engine import Blueprint
+from metadist.errors import RunError
+from metadist.evaluation.adapter import Adapter
+from metadist.tasks.episode import Examples
+
+IMAGE = (1, 16, 16)
+
+
+def config_of(name: str) -> Config:
+    return Config.model_validate(
+        {"task": {"ways": 3}, "model": {"name": "mlp", "width": 8}, "algorithm": {"name": name}}
+    )
+
+
+def saved(config: Config, folder: Path) -> Path:
+    blueprint = Blueprint(config, IMAGE)
+    path = folder / "theta.safetensors"
+    save_file(blueprint.theta | blueprint.state, path)
+    return path
+
+
+def images(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, *IMAGE), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("name", ["maml", "reptile", "protonet"])
+def test_probabilities_are_the_methods_own(name: str, tmp_path: Path) -> None:
+    config = config_of(name)
+    support, labels, queries = images(6, 0), np.array([0, 1, 2, 0, 1, 2]), images(4, 1)
+    found = Adapter(config, saved(config, tmp_path)).predict(support, labels, queries)
+    assert found.shape == (4, 3)
+    assert found.dtype == np.float32
+    assert np.allclose(found.sum(1), 1, atol=1e-6)
+    blueprint = Blueprint(config, IMAGE)
+    method = algorithms.for_evaluation(config, IMAGE)
+    examples = Examples(torch.from_numpy(support) / 255, torch.from_numpy(labels))
+    logits = method.adapt(blueprint.theta, blueprint.state, examples, 3)(torch.from_numpy(queries) / 255)
+    assert np.allclose(found, torch.softmax(logits, -1).detach().numpy(), atol=1e-6)
+    assert found.std() > 0
+
+
+def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
+    adapter = Adapter(config_of("maml"), saved(config_of("maml"), tmp_path))
+    with pytest.raises(ValueError, match="head has 3 classes, these are 4"):
+        adapter.predict(images(4, 0), np.arange(4), images(1, 1))
+    with pytest.raises(ValueError, match="one for each support image"):
+        adapter.predict(images(4, 0), np.arange(3), images(1, 1))
+    with pytest.raises(ValueError, match="has shape"):
+        adapter.predict(images(3, 0)[0], np.arange(1), images(1, 1))
+    with pytest.raises(RunError, match=r"no theta\.safetensors"):
+        Adapter.load(tmp_path / "nothing")
