@@ -5,6 +5,7 @@ under `vmap`, silently (pytorch/functorch issue 534). Here it is written from me
 squares, with a first derivative in closed form whose own derivatives autograd takes.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -96,3 +97,7 @@ def layer_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     axes = tuple(range(1, x.ndim))
     variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
     return (x - mean) * torch.rsqrt(variance + EPSILON) * scale + shift
+
+
+# torch looks the signature up at every call; found here, it is not put together anew each time.
+_OwnBatchNorm.forward.__signature__ = inspect.signature(_OwnBatchNorm.forward)  # type: ignore[attr-defined]

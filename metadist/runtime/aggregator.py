@@ -65,6 +65,7 @@ class Aggregator:
             theta, state = {n: values[n] for n in theta}, {n: values[n] for n in state}
             self.step, self.exponents = snapshot.step, np.array(snapshot.exponents)
         self.state = dict(state)
+        self.total = np.zeros(self.blueprint.sums.total, dtype=np.int64)
         self.outer = OuterStep(config.outer, theta)
         if snapshot is not None:
             self.outer.remember({name: torch.from_numpy(np.array(value)) for name, value in snapshot.memory.items()})
@@ -73,7 +74,7 @@ class Aggregator:
     def _open(self, attempt: int) -> None:
         self.attempt, self.duplicates = attempt, 0
         self.added: set[int] = set()
-        self.total = np.zeros(self.blueprint.sums.total, dtype=np.int64)
+        self.total.fill(0)
 
     def broadcast(self) -> Broadcast:
         """θ_t for the workers."""
