@@ -91,9 +91,15 @@ def train(
         job, overrides = _job_and_overrides(words)
         config = load(job, overrides)
         if dry_run:
-            from metadist.runtime.run_folder import fresh_name
-            from metadist.tracking.destination import resolve_uri
+            from metadist.data.sources import check
+            from metadist.runtime.run_folder import fresh_name, refuse_existing
+            from metadist.tracking.destination import check_uri, resolve_uri
 
+            for source in config.data.sources:
+                check(source)
+            check_uri(config.tracking.uri)
+            if run_dir is not None:
+                refuse_existing(run_dir)
             resolved, folder = resolve(config), run_dir or fresh_name(job)
             uri = resolve_uri(config.tracking.uri, folder) or "off"
             print(to_yaml(resolved.with_values(tracking={"uri": uri})), end="")

@@ -32,7 +32,7 @@ Number = BeforeValidator(_no_truth_value)
 Positive = Annotated[int, Field(ge=1), Number]
 Count = Annotated[int, Field(ge=0), Number]
 AtLeastTwo = Annotated[int, Field(ge=2), Number]
-Rate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False), Number]
+Rate = Annotated[float, Field(gt=0, le=1e38, allow_inf_nan=False), Number]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), Number]
 
 
@@ -254,6 +254,9 @@ class Config(Tree):
             raise ValueError(
                 f"eval.inner_steps: {self.algorithm.name} has no inner loop; set eval.finetune_steps instead"
             )
+        for key, default, readers in UNREAD:
+            if getattr(self.model, key) != default and self.model.name not in readers:
+                raise ValueError(f"model.{key}: is read by model.name={' or '.join(readers)} only")
         if isinstance(self.algorithm, Reptile) and self.model.statistics == "running":
             raise ValueError("model.statistics: reptile keeps no running statistics; valid is support")
         if self.model.statistics == "running" and self.model.norm != "batch":
@@ -273,6 +276,9 @@ class Config(Tree):
             raw[section].update(values)
         return validate(raw, "config")
 
+
+UNREAD = (("pool", "max", ("conv4", "conv4-fc")), ("hidden", 128, ("conv4-fc",)), ("layers", 2, ("mlp",)))
+"""Keys of `model` that not every network reads: (key, default, networks)."""
 
 EVAL_EPISODE_KEYS = (
     "episodes", "ways", "shots", "queries", "inner_steps", "transductive", "finetune_steps", "finetune_lr",
@@ -308,13 +314,13 @@ def find_job(job: str) -> Path:
     path = Path(job)
     if path.is_file():
         return path
+    if job in packaged_jobs():
+        return packaged_jobs()[job]
     if path.is_dir() or path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise ConfigError(f"job file {job} {what}; a packaged job is one of: {', '.join(sorted(packaged_jobs()))}")
     jobs = packaged_jobs()
-    if job not in jobs:
-        raise ConfigError(f"no job file or packaged job is named {job}{_did_you_mean(job, jobs) or _choices(jobs)}")
-    return jobs[job]
+    raise ConfigError(f"no job file or packaged job is named {job}{_did_you_mean(job, jobs) or _choices(jobs)}")
 
 
 def packaged_jobs() -> dict[str, Path]:
@@ -352,7 +358,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def apply_overrides(raw: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """`raw` with each `key.path=value` set; values are read as YAML."""
     raw = json.loads(json.dumps(raw, default=str))
-    for word in words:
+    # Another method first: the keys of the file's method that it does not have go, given ones stay.
+    for word in sorted(words, key=lambda word: not word.startswith("algorithm.name=")):
         key, equals, text = word.partition("=")
         path = key.strip().split(".")
         if not equals or not all(path):
@@ -367,6 +374,10 @@ def apply_overrides(raw: dict[str, Any], words: Sequence[str]) -> dict[str, Any]
             if not isinstance(child, dict):
                 raise ConfigError(f"override {word!r}: {part} is a value, not a section")
             node = child
+        if path == ["algorithm", "name"] and value in algorithm_names():
+            known = _tree_at(["algorithm"], value)
+            raw["algorithm"] = {k: v for k, v in node.items() if known and k in known.model_fields}
+            node = raw["algorithm"]
         node[path[-1]] = value
     return raw
 
@@ -393,16 +404,21 @@ def resolve(config: Config) -> Config:
     - `task.shard`: the largest divisor of the meta-batch that is at most 8 and, where
       the meta-batch allows, leaves 2 shards or more;
     - `engine.mode`: vectorised;
-    - `engine.device`: cuda where a GPU share is declared, or where the driver's machine
-      has a GPU and the workers run on it; else cpu;
-    - `cluster.cpus`: `engine.threads`; `cluster.gpus`: 1 on cuda, else 0.
+    - `engine.device`: cuda where a GPU share is declared, or where the workers run on the
+      driver's machine and it has a GPU for each of them; else cpu;
+    - `cluster.cpus`: `engine.threads`;
+    - `cluster.gpus`: 0 on cpu; on cuda 1, or where the workers run on the driver's machine
+      an equal share of its GPUs, if that is less.
 
     `tracking.uri` stays, because its rule needs the run folder.
     """
     gpus, device = config.cluster.gpus, config.engine.device
+    workers = max(1, config.cluster.workers)
+    here = config.cluster.workers == 0 or config.cluster.address == "local"
+    visible = _visible_gpus() if here and device != "cpu" else 0
     if device == "auto":
-        here = config.cluster.workers == 0 or config.cluster.address == "local"
-        device = "cuda" if (gpus != "auto" and gpus > 0) or (gpus == "auto" and here and _has_gpu()) else "cpu"
+        device = "cuda" if (gpus != "auto" and gpus > 0) or (gpus == "auto" and visible >= workers) else "cpu"
+    share = min(1.0, visible / workers) if here and visible else 1.0
     if device == "cpu" and gpus not in ("auto", 0, 0.0):
         raise ConfigError(f"cluster.gpus: {gpus} reserves GPUs that engine.device=cpu would not use")
     return config.with_values(
@@ -410,7 +426,7 @@ def resolve(config: Config) -> Config:
         engine={"mode": "vectorised" if config.engine.mode == "auto" else config.engine.mode, "device": device},
         cluster={
             "cpus": float(config.engine.threads) if config.cluster.cpus == "auto" else config.cluster.cpus,
-            "gpus": float(device == "cuda") if gpus == "auto" else gpus,
+            "gpus": (share if device == "cuda" else 0.0) if gpus == "auto" else gpus,
         },
     )
 
@@ -421,10 +437,10 @@ def default_shard(meta_batch: int) -> int:
     return max(size for size in range(1, most + 1) if meta_batch % size == 0)
 
 
-def _has_gpu() -> bool:
+def _visible_gpus() -> int:
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 # --- what a resume may change --------------------------------------------------

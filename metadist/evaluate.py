@@ -36,7 +36,7 @@ def evaluate(run_dir: Path, overrides: Sequence[str], *, best: bool, split: str)
             f"{theta}: is damaged ({error}); remove {run_dir / 'result.json'}, and a resume writes it again"
         ) from error
     trained = blueprint.values.flatten({name: values[name] for name in blueprint.values.names}).numpy()
-    runtime = start(config, tables, None, None, print)
+    runtime = start(config, tables, None, print)
     try:
         first, *others = settings(config)
         found = {

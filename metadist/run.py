@@ -14,13 +14,13 @@ from metadist.data.sources import check as check_source
 from metadist.data.sources import prepare
 from metadist.data.table import Table
 from metadist.engine.device import settle
-from metadist.engine.fingerprint import data_fingerprint, differences, fingerprint
+from metadist.engine.fingerprint import data_fingerprint, differences
 from metadist.engine.layout import sha256
 from metadist.errors import ConfigError, Interrupted, RunError, StorageError
 from metadist.evaluation.protocol import check as check_evaluation
 from metadist.evaluation.protocol import meta_test, settings
 from metadist.runtime.aggregator import Snapshot
-from metadist.runtime.checkpoint import Best, checkpoints, load_checkpoint, newest_good
+from metadist.runtime.checkpoint import Best, Damaged, checkpoints, load_checkpoint, newest_good
 from metadist.runtime.in_process import InProcess
 from metadist.runtime.journal import Journal, read_metrics
 from metadist.runtime.run_folder import RunFolder, fresh_name, refuse_existing
@@ -32,7 +32,7 @@ from metadist.tracking.destination import check_uri, resolve_uri
 from metadist.tracking.progress import Progress, progress
 
 TRACKING_SECONDS = 20.0
-"""How long the end of a run waits for the tracking copy; it goes on by itself afterwards."""
+"""How long the end of a run waits for the tracking copy; `metadist track sync` delivers the rest."""
 
 
 class Finished(NamedTuple):
@@ -50,7 +50,7 @@ def train(config: Config, job: str, run_dir: Path | None = None, started: float 
     config = with_tracking(resolve(config), path)
     say = _printer()
     tables = checked_tables(config, say)
-    runtime = start(config, tables, None, None, say)
+    runtime = start(config, tables, None, say)
     try:
         folder = RunFolder.create(path, config)
         try:
@@ -78,7 +78,10 @@ def _resume(run_dir: Path, folder: RunFolder, overrides: list[str], started: flo
     refuse_changed_mathematics(before, config)
     done = folder.result()
     if done is not None and done["meta_steps"] == config.outer.steps:
-        return Finished(run_dir, done, [f"{run_dir} is finished: {done['meta_steps']} meta-steps; nothing to do"])
+        notes = [f"{run_dir} is finished: {done['meta_steps']} meta-steps; nothing to do"]
+        if config != before:
+            notes.append(f"{' '.join(overrides)} not applied; `metadist evaluate {run_dir}` judges it in other ways")
+        return Finished(run_dir, done, notes)
     config = with_tracking(config, run_dir)
     tables = checked_tables(config, say)
     found = newest_good(folder.checkpoints, say)
@@ -89,17 +92,16 @@ def _resume(run_dir: Path, folder: RunFolder, overrides: list[str], started: flo
         raise ConfigError(
             f"outer.steps: the run has done {snapshot.step} steps already; {config.outer.steps} are fewer"
         )
-    probe = record.get("fingerprint", {}).get("probe")
-    now = fingerprint(config, tables)
-    then = {name: value for name, value in record.get("fingerprint", now).items() if name != "probe"}
-    if then.get("data") != now["data"]:
-        raise RunError(f"{run_dir}: the data are not those of the run: {differences(then, now)}")
-    told = differences(then, now)
-    if told:
-        say(f"warning: this machine has {told}; the run goes on, but not to the same bits (reproducible: false)")
-        record, probe = record | {"reproducible": False}, None
-    runtime = start(config, tables, snapshot, probe, say)
+    then: dict[str, str] = record.get("fingerprint", {})
+    data = data_fingerprint(tables)
+    if then.get("data", data) != data:
+        raise RunError(f"{run_dir}: the data are not those of the run: {data} instead of {then['data']}")
+    runtime = start(config, tables, snapshot, say)
     try:
+        told = differences(then, runtime.fingerprint) if then else ""
+        if told:
+            say(f"warning: the workers have {told}; the run goes on, but not to the same bits (reproducible: false)")
+            record = record | {"reproducible": False}
         folder.write_config(config)
         (run_dir / "result.json").unlink(missing_ok=True)
         return _run(config, tables, folder, runtime, snapshot, best, record, started)
@@ -118,21 +120,37 @@ def checked_tables(config: Config, say: Callable[[str], None]) -> list[Table]:
     for source in config.data.sources:
         check_source(source)
     settle(config.engine) if config.cluster.workers == 0 else settle(config.engine.model_copy(update={"device": "cpu"}))
+    _check_gpus(config)
     tables = [prepare(source, say) for source in config.data.sources]
     training_tasks(config, tables, "cpu")
     check_evaluation(config, tables)
     return tables
 
 
-def start(
-    config: Config, tables: list[Table], snapshot: Snapshot | None, probe: str | None, say: Callable[[str], None]
-) -> Runtime:
+def _check_gpus(config: Config) -> None:
+    """Refuse more GPU than this machine has, where the workers would run on it."""
+    here = config.cluster.workers > 0 and config.cluster.address == "local"
+    if not here or config.engine.device != "cuda":
+        return
+    import torch
+
+    there, each = torch.cuda.device_count(), float(config.cluster.gpus)
+    if there == 0:
+        raise ConfigError("engine.device: cuda, but this machine shows no GPU; valid is cpu")
+    if each * config.cluster.workers > there:
+        raise ConfigError(
+            f"cluster.gpus: {config.cluster.workers} workers with {each:g} GPU each need more than the {there} "
+            f"of this machine; at most {there / config.cluster.workers:g} is valid"
+        )
+
+
+def start(config: Config, tables: list[Table], snapshot: Snapshot | None, say: Callable[[str], None]) -> Runtime:
     """The runtime that the config names."""
     if config.cluster.workers == 0:
-        return InProcess(config, tables, snapshot, probe)
+        return InProcess(config, tables, snapshot)
     from metadist.runtime.on_ray import OnRay
 
-    return OnRay(config, tables, snapshot, probe, say)
+    return OnRay(config, tables, snapshot, say)
 
 
 def _run(
@@ -146,10 +164,13 @@ def _run(
     started: float | None,
 ) -> Finished:
     first = snapshot.step if snapshot else 0
-    rows = read_metrics(folder.path / "metrics.parquet", first)
+    rows = read_metrics(folder.path / "metrics.parquet")
+    lost = max((int(row["step"]) for row in rows), default=first) - first
+    record = record | {"steps_recomputed": record.get("steps_recomputed", 0) + max(0, lost)}
     follower = follow.start(folder.path, config)
     try:
         journal = Journal(folder.path, rows)
+        journal.cut(first)
         display: Progress = progress(config.outer.steps, config.cluster.workers)
         trainer = Trainer(config, runtime, folder, journal, display, best, record)
         try:
@@ -160,8 +181,7 @@ def _run(
             folder.write_values("theta.safetensors", last.values)
             journal.flush()
             if trainer.best is not None:
-                state, _, _ = load_checkpoint(folder.checkpoints / f"step-{trainer.best.step}")
-                folder.write_values("best.safetensors", state.values)
+                _write_best(folder, trainer.best)
             journal.close()
         except StorageError as error:
             journal.abandon()
@@ -183,6 +203,17 @@ def _run(
     return Finished(folder.path, result, [note])
 
 
+def _write_best(folder: RunFolder, best: Best) -> None:
+    """The best state on validation beside the last one; a damaged one costs nothing but itself."""
+    path = folder.checkpoints / f"step-{best.step}"
+    try:
+        state, _, _ = load_checkpoint(path)
+    except Damaged as reason:
+        _printer()(f"{path} is damaged ({reason}); the best state on validation is lost, the last one is not")
+        return
+    folder.write_values("best.safetensors", state.values)
+
+
 def _result(config: Config, tables: list[Table], runtime: Runtime, trainer: Trainer, last: Snapshot) -> dict[str, Any]:
     import torch
 
@@ -193,6 +224,7 @@ def _result(config: Config, tables: list[Table], runtime: Runtime, trainer: Trai
     untrained = None
     if config.eval.test:
         first, *others = settings(config)
+        print(f"meta-test: {2 + len(others)} × {config.eval.episodes:,} episodes", flush=True)
         tests = [meta_test(runtime, setting, None) for setting in (first, *others)]
         blueprint = Blueprint(config, tuple(tables[0].images.shape[1:]))  # type: ignore[arg-type]
         found = meta_test(runtime, first, blueprint.initial())

@@ -31,7 +31,7 @@ from metadist.errors import ConfigError
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(module, "_has_gpu", lambda: False)
+    monkeypatch.setattr(module, "_visible_gpus", lambda: 0)
 
 
 @pytest.fixture
@@ -344,18 +344,19 @@ def test_what_is_given_stays():
     assert resolve(config_of("engine.threads=2")).cluster.cpus == 2.0
 
 
-@pytest.mark.parametrize(("words", "gpu_here", "device", "gpus"), [
-    ([], False, "cpu", 0), ([], True, "cuda", 1),
-    (["cluster.workers=0"], True, "cuda", 1),
-    (["cluster.address=auto"], True, "cpu", 0),  # the driver's GPU says nothing about a cluster's workers
-    (["cluster.address=auto", "cluster.gpus=0.5"], False, "cuda", 0.5),
-    (["cluster.gpus=0"], True, "cpu", 0),
-    (["engine.device=cpu"], True, "cpu", 0),
-    (["engine.device=cuda"], False, "cuda", 1),
-    (["engine.device=cuda", "cluster.gpus=0.25"], False, "cuda", 0.25),
+@pytest.mark.parametrize(("words", "gpus_here", "device", "gpus"), [
+    ([], 0, "cpu", 0), ([], 2, "cuda", 1), ([], 1, "cpu", 0),  # one GPU is not enough for two workers
+    (["engine.device=cuda"], 1, "cuda", 0.5),
+    (["cluster.workers=0"], 2, "cuda", 1),
+    (["cluster.address=auto"], 2, "cpu", 0),  # the driver's GPU says nothing about a cluster's workers
+    (["cluster.address=auto", "cluster.gpus=0.5"], 0, "cuda", 0.5),
+    (["cluster.gpus=0"], 2, "cpu", 0),
+    (["engine.device=cpu"], 2, "cpu", 0),
+    (["engine.device=cuda"], 0, "cuda", 1),
+    (["engine.device=cuda", "cluster.gpus=0.25"], 0, "cuda", 0.25),
 ])  # fmt: skip
-def test_the_rule_for_the_device(words, gpu_here, device, gpus, monkeypatch):
-    monkeypatch.setattr(module, "_has_gpu", lambda: gpu_here)
+def test_the_rule_for_the_device(words, gpus_here, device, gpus, monkeypatch):
+    monkeypatch.setattr(module, "_visible_gpus", lambda: gpus_here)
     config = resolve(config_of(*words))
     assert (config.engine.device, config.cluster.gpus) == (device, gpus)
 

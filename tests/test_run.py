@@ -21,6 +21,7 @@ import metadist.run
 from metadist.config import Config, load, resolve
 from metadist.errors import ConfigError, DataError, MetadistError, RunError
 from metadist.run import resume, train
+from metadist.runtime import worker
 
 Make = Callable[..., Config]
 
@@ -208,7 +209,7 @@ def test_what_may_change(half_run: Path, tiny_run: Any) -> None:
 
 
 CHANGES = (
-    "seed=2", "task.shots=2", "task.ways=4", "task.shard=4", "task.meta_batch=4", "model.width=8", "model.name=conv4",
+    "seed=2", "task.shots=2", "task.ways=4", "task.shard=4", "task.meta_batch=4", "model.width=8", "model.norm=layer",
     "algorithm.inner_lr=0.1", "algorithm.order=1", "algorithm.name=protonet", "outer.lr=0.1", "outer.optimizer=sgd",
     "outer.schedule=cosine", "outer.clip=1", "engine.threads=2", "engine.mode=loop", "engine.dtype=float64",
     "data.split=scripts", "task.transductive=false",
@@ -262,8 +263,8 @@ def test_a_living_process_is_not_disturbed(half_run: Path, tiny_run: Any, refuse
 def test_another_machine_is_told_and_remembered(
     half_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = metadist.run.fingerprint
-    monkeypatch.setattr(metadist.run, "fingerprint", lambda *a: real(*a) | {"instructions": "another processor"})
+    real = worker.fingerprint
+    monkeypatch.setattr(worker, "fingerprint", lambda *a: real(*a) | {"instructions": "another processor"})
     result = resume(half_run, []).result
     assert "instructions another processor instead of" in capsys.readouterr().err
     assert result["reproducible"] is False
@@ -272,8 +273,7 @@ def test_another_machine_is_told_and_remembered(
 
 
 def test_other_data_are_refused(half_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = metadist.run.fingerprint
-    monkeypatch.setattr(metadist.run, "fingerprint", lambda *a: real(*a) | {"data": "0123456789abcdef"})
+    monkeypatch.setattr(metadist.run, "data_fingerprint", lambda tables: "0123456789abcdef")
     with pytest.raises(RunError, match="the data are not those of the run"):
         resume(half_run, [])
 

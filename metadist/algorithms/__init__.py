@@ -53,7 +53,9 @@ def class_bound(config: Config) -> bool:
 def _build(config: Config, image: Image, queries: Literal["together", "support", "running"]) -> Algorithm:
     method = config.algorithm
     outputs = config.task.ways if class_bound(config) else None
-    normalisation = Normalisation(build_network(config.model, image, outputs), queries)
+    normalisation = Normalisation(
+        build_network(config.model, image, outputs), queries, keep=config.model.statistics == "running"
+    )
     match method:
         case Maml():
             return MAML(normalisation, method.inner_lr, method.inner_steps, method.order, method.support_loss_weight)

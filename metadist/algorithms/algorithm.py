@@ -65,11 +65,17 @@ class Normalisation(NamedTuple):
     """Which statistics the batch norms use.
 
     queries: `together`, the queries' own (transductive); `support`, those of the support
-    set under the adapted parameters; `running`, the state's.
+    set under the adapted parameters; `running`, the state's. keep: whether training keeps
+    running statistics for that.
     """
 
     network: Network
     queries: Literal["together", "support", "running"]
+    keep: bool = False
+
+    def initial_state(self) -> Statistics:
+        """Running statistics to begin with; none where nobody will read them."""
+        return self.network.statistics() if self.keep else {}
 
     def predictor(self, params: Params, state: State, support: Examples) -> Predictor:
         """Query outputs of the network with adapted parameters."""

@@ -33,8 +33,7 @@ class MAML:
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
 
     def init(self, generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        network = self.normalisation.network
-        return network.init(generator), network.statistics()
+        return self.normalisation.network.init(generator), self.normalisation.initial_state()
 
     def inner_loop(self, theta: Theta, support: Examples) -> Params:
         """φ_K."""

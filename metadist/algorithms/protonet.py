@@ -32,8 +32,7 @@ class ProtoNet:
     finetune_lr: float = 0.01
 
     def init(self, generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        network = self.normalisation.network
-        return network.init(generator), network.statistics()
+        return self.normalisation.network.init(generator), self.normalisation.initial_state()
 
     def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
         normalisation = self.normalisation

@@ -48,10 +48,10 @@ def run(say: Callable[[str], None]) -> list[Row]:
         table = prepare(config.data.sources[0], say)
         connect(config.cluster.model_copy(update={"workers": 3}))
         open_now.callback(disconnect)
-        contenders: dict[str, Runtime] = {"in process": InProcess(config, [table], None, None)}
+        contenders: dict[str, Runtime] = {"in process": InProcess(config, [table], None)}
         for name, workers in (("one worker", 1), ("two workers", 2)):
             on_ray = config.with_values(cluster={"workers": workers, "address": "auto"})
-            contenders[name] = OnRay(on_ray, [table], None, None, say)
+            contenders[name] = OnRay(on_ray, [table], None, say)
             open_now.callback(contenders[name].close)
         pair = _Pair(config, str(table.path))
         open_now.callback(pair.close)
@@ -99,7 +99,7 @@ class _Pair:
 
 def _loop(pipe: Connection, config: Config, path: str) -> None:
     """One of the two: steps when told how many, until told none."""
-    runtime: Any = InProcess(config, [open_table(Path(path))], None, None)
+    runtime: Any = InProcess(config, [open_table(Path(path))], None)
     done = {"": 0}
     while count := pipe.recv():
         pipe.send(_steps(runtime, done, "", count))

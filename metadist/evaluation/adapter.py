@@ -45,6 +45,8 @@ class Adapter:
         if labels.shape != support.shape[:1] or labels.min() < 0:
             raise ValueError(f"support_labels: {len(support)} labels from 0 on are needed, one for each support image")
         ways = int(labels.max()) + 1
+        if len(set(labels.tolist())) != ways and not algorithms.class_bound(self.config):
+            raise ValueError(f"support_labels: every class from 0 to {ways - 1} needs an example")
         if algorithms.class_bound(self.config):
             if ways > self.config.task.ways:
                 raise ValueError(

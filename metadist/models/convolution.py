@@ -184,4 +184,4 @@ def _split_tasks(out: Tensor, size: int) -> Tensor:
 
 for _function in (_Convolution, _ToImages, _ToWeight):
     # torch looks the signature up at every call; found here, it is not put together anew each time.
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined, union-attr]

@@ -35,7 +35,7 @@ def connect(cluster: Cluster) -> tuple[Any, bool]:
         import ray
 
         if ray.is_initialized():
-            ray.shutdown()
+            raise ClusterError("cluster.address: local, but this process is connected to a Ray cluster; valid is auto")
         ray.init(
             address="local",
             num_cpus=max(1, round(cluster.workers * _number(cluster.cpus) + 0.499)),

@@ -55,10 +55,12 @@ def write_folder(path: Path, files: dict[str, bytes]) -> None:
                     file.flush()
                     os.fsync(file.fileno())
             _sync_folder(temporary)
+            aside = temporary.with_name(f"{temporary.name}.old")
             if path.exists():  # a resumed run comes by the same step again
-                shutil.rmtree(path)
+                os.rename(path, aside)
             os.rename(temporary, path)
             _sync_folder(path.parent)
+            shutil.rmtree(aside, ignore_errors=True)
         finally:
             if temporary.exists():
                 shutil.rmtree(temporary, ignore_errors=True)

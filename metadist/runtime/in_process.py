@@ -7,7 +7,6 @@ import numpy as np
 
 from metadist.config import Config
 from metadist.data.table import Table
-from metadist.errors import ClusterError
 from metadist.runtime.aggregator import Aggregator, Broadcast, Snapshot
 from metadist.runtime.runtime import Counts, Later, NotFinite
 from metadist.runtime.worker import Worker
@@ -18,14 +17,12 @@ class InProcess:
 
     workers = 0
 
-    def __init__(self, config: Config, tables: Sequence[Table], snapshot: Snapshot | None, probe: str | None) -> None:
+    def __init__(self, config: Config, tables: Sequence[Table], snapshot: Snapshot | None) -> None:
         self.config = config
         self.worker = Worker(config, [str(table.path) for table in tables])
-        self.aggregator = Aggregator(config, self.worker.engine.tasks.shape, snapshot)
         introduction = self.worker.introduce()
+        self.aggregator = Aggregator(config, self.worker.engine.tasks.shape, snapshot)
         self.fingerprint = introduction.fingerprint | {"probe": introduction.probe}
-        if probe is not None and probe != introduction.probe:
-            raise ClusterError(f"the probe shard hashes to {introduction.probe[:12]}, the run's is {probe[:12]}")
         self._broadcast: Broadcast = self.aggregator.broadcast()
         self._computed = 0
         self._recomputed = 0

@@ -127,13 +127,12 @@ def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
         write(path, sink.getvalue().to_pybytes())
 
 
-def read_metrics(path: Path, before: int) -> list[dict[str, Any]]:
-    """The rows of steps 1 … `before`; later ones are cut, because a resumed run computes them again."""
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier process; none where the file is not there or damaged."""
     if not path.exists():
         return []
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError):
         return []
-    rows = [{k: v for k, v in row.items() if v is not None} for row in table.to_pylist()]
-    return [row for row in rows if row["step"] <= before]
+    return [{k: v for k, v in row.items() if v is not None} for row in table.to_pylist()]

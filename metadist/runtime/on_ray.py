@@ -47,10 +47,8 @@ Item = Shard | Judgement
 class OnRay:
     """`cluster.workers` ≥ 1."""
 
-    def __init__(
-        self, config: Config, tables: Sequence[Table], snapshot: Snapshot | None, probe: str | None, say: Say
-    ) -> None:
-        self.config, self.say, self.expected_probe = config, say, probe
+    def __init__(self, config: Config, tables: Sequence[Table], snapshot: Snapshot | None, say: Say) -> None:
+        self.config, self.say = config, say
         self.paths = [str(table.path) for table in tables]
         self.image: tuple[int, int, int] = tuple(tables[0].images.shape[1:])  # type: ignore[assignment]
         self.ray, self._ours = connect(config.cluster)
@@ -63,6 +61,7 @@ class OnRay:
         self._shards: dict[str, int] = {}
         self._born = self._deaths = self._recomputed = self._duplicates = 0
         self._evaluations = 0
+        self._alone_since: float | None = None
         self._dispatcher: Dispatcher[Item] = Dispatcher()
         assert isinstance(config.task.shard, int)
         self._size = config.task.shard
@@ -101,29 +100,29 @@ class OnRay:
         """Wait until one worker is ready, and in the same moment for those that come with it."""
         deadline = time.monotonic() + self.config.cluster.timeout
         while not self._dispatcher.held:
-            self._events(timeout=1.0)
-            if time.monotonic() > deadline and not self._dispatcher.held:
-                raise ClusterError(
-                    f"cluster.timeout: no worker was ready within {self.config.cluster.timeout:g} s; "
-                    f"the cluster has {self.ray.available_resources().get('CPU', 0):g} CPUs free"
-                )
-        self._settle_arrivals(deadline)
-
-    def _settle_arrivals(self, deadline: float) -> None:
-        """Workers started together take part together, so that each has some of the first shards."""
+            self._events()
+        # Workers started together take part together, so that each has some of the first shards.
         while self._arriving and time.monotonic() < deadline:
-            self._events(timeout=1.0)
+            self._events()
+
+    def _expect_a_worker(self) -> None:
+        """Refuse to wait for ever for a worker that nothing can start."""
+        timeout = self.config.cluster.timeout
+        if self._dispatcher.held:
+            self._alone_since = None
+        elif self._alone_since is None:
+            self._alone_since = time.monotonic()
+        elif time.monotonic() - self._alone_since > timeout:
+            raise ClusterError(
+                f"cluster.timeout: no worker was ready within {timeout:g} s; "
+                f"the cluster has {self.ray.available_resources().get('CPU', 0):g} CPUs free"
+            )
 
     def _arrived(self, name: str, introduction: Introduction) -> None:
         """Admit a worker whose bits are the run's."""
         found = introduction.fingerprint | {"probe": introduction.probe}
         if not self.fingerprint:
             self.fingerprint = found
-            if self.expected_probe not in (None, introduction.probe):
-                raise ClusterError(
-                    f"the probe shard hashes to {introduction.probe[:12]} on {introduction.host}, "
-                    f"the run's is {str(self.expected_probe)[:12]}: other hardware or libraries give other bits"
-                )
         told = differences(self.fingerprint, found)
         if told:
             self._dismiss(name)
@@ -166,14 +165,15 @@ class OnRay:
                 found = actor.judge.remote(values, config, split, item.first, item.tasks)
                 self._calls[found] = (name, item, None)
 
-    def _events(self, timeout: float | None = None) -> list[tuple[str, Item, Any, Any]]:
-        """Results that came in: (worker, item, receipt or judgement, reference of the sums)."""
+    def _events(self) -> list[tuple[str, Item, Any, Any]]:
+        """Results that came in, after a second at most: (worker, item, receipt or judgement, the sums' reference)."""
         from ray.exceptions import RayActorError, RayError, RayTaskError
 
         waiting = [*self._calls, *self._arriving]
         if not waiting:
             raise ClusterError("no worker is left: each one was refused, because its bits differ from the run's")
-        ready, _ = self.ray.wait(waiting, num_returns=1, timeout=timeout, fetch_local=True)
+        self._expect_a_worker()
+        ready, _ = self.ray.wait(waiting, num_returns=1, timeout=1.0, fetch_local=True)
         results = []
         for ref in ready:
             name = self._arriving[ref] if ref in self._arriving else self._calls[ref][0] if ref in self._calls else None
@@ -261,7 +261,7 @@ class OnRay:
                 self.ray.get(acks)
                 found: Report = self.ray.get(report)
             except RayError as error:
-                raise _lost(error, f"step {step}: ") from error
+                raise _aggregator_lost(error, f"step {step}: ") from error
             if found.missing:
                 raise AggregatorLost(f"step {step}: shards {found.missing} did not reach the aggregator")
             self._duplicates += found.duplicates
@@ -278,7 +278,7 @@ class OnRay:
             try:
                 found: Snapshot = self.ray.get(taken)
             except RayError as error:
-                raise _lost(error) from error
+                raise _aggregator_lost(error) from error
             return found
 
         return later
@@ -299,7 +299,7 @@ class OnRay:
         try:
             current = self.ray.get(self._broadcast).values if values is None else values
         except RayError as error:
-            raise _lost(error) from error
+            raise _aggregator_lost(error) from error
         shared = self.ray.put(current)
         self._evaluations += 1
         self._dispatcher.drop()
@@ -331,7 +331,7 @@ class OnRay:
             disconnect()
 
 
-def _lost(error: Exception, where: str = "") -> Exception:
+def _aggregator_lost(error: Exception, where: str = "") -> Exception:
     """What a failed call to the aggregator means: it died; or it has a defect, and would have it again."""
     from ray.exceptions import RayError, RayTaskError
 
@@ -341,4 +341,6 @@ def _lost(error: Exception, where: str = "") -> Exception:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and "creation task" in lines[0]:  # Ray puts the cause last
+        return lines[-1]
     return lines[0] if lines else type(error).__name__

@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,9 +60,20 @@ class Worker:
     """Computes shards and evaluation tasks of one run."""
 
     def __init__(self, config: Config, paths: Sequence[str]) -> None:
-        self.config = config
-        self.tables = open_tables(config, paths)
-        self.engine = Engine(config, self.tables)
+        self.config, self.paths = config, paths
+
+    # Built at the first call, not on construction: what goes wrong in a call of an actor
+    # arrives with its cause, what goes wrong in its construction is told as a death.
+
+    @cached_property
+    def tables(self) -> list[Table]:
+        """The run's data."""
+        return open_tables(self.config, self.paths)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Tasks, method and device of this process."""
+        return Engine(self.config, self.tables)
 
     def introduce(self) -> Introduction:
         """Compute the probe shard, the first of the run at initial θ, and say who is here."""

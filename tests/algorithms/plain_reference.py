@@ -31,6 +31,8 @@ def config_of(**sections: dict[str, object]) -> Config:
     raw: dict[str, dict[str, object]] = {"engine": {"dtype": "float64", "device": "cpu"}, "model": {"width": 4}}
     for section, values in sections.items():
         raw[section] = {**raw.get(section, {}), **values}
+    if raw["model"].get("name") == "conv4-fc":
+        raw["model"].setdefault("hidden", 6)
     return validate(raw, "test")
 
 
@@ -199,7 +201,8 @@ def sums(config: Config, theta: Named, episodes: Episode, how: str = "together")
         gradient = torch.autograd.grad(loss, list(leaves.values()))
         right = (logits.argmax(-1) == episodes.query.y[task]).double().mean()
         one = {f"gradient.{n}": g for n, g in zip(leaves, gradient, strict=True)}
-        one |= {f"statistics.{n}": s for n, s in statistics.items()}
+        if config.model.statistics == "running":
+            one |= {f"statistics.{n}": s for n, s in statistics.items()}
         one |= {"metric.loss": loss.detach(), "metric.accuracy": right}
         total = {n: total[n] + v if total else v for n, v in one.items()}
     return total

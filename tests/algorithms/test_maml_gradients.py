@@ -15,7 +15,7 @@ IMAGES = {"stride2": (2, 19, 14), "conv4": (1, 19, 17), "conv4-fc": (1, 33, 32),
 def maml(model="stride2", order=2, steps=1, transductive=True, weight=0.0, **more):
     return config_of(
         task={"ways": 5, "shots": 2, "queries": 2, "transductive": transductive},
-        model={"name": model, "hidden": 6, **more},
+        model={"name": model, **more},
         algorithm={
             "name": "maml",
             "order": order,

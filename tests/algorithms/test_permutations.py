@@ -22,7 +22,7 @@ def prepared(name, model, statistics):
     """The method as it is judged, θ, state and one episode."""
     config = config_of(
         task={"ways": WAYS, "shots": 2, "queries": QUERIES, "transductive": statistics == "transductive"},
-        model={"name": model, "hidden": 6, "statistics": "running" if statistics == "running" else "support"},
+        model={"name": model, "statistics": "running" if statistics == "running" else "support"},
         algorithm=METHODS[name],
         eval={"finetune_steps": 2, "finetune_lr": 0.01} if name == "fine-tuned" else {},
     )

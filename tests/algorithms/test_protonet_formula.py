@@ -15,7 +15,7 @@ IMAGES = {"stride2": (1, 15, 14), "conv4": (2, 19, 17), "conv4-fc": (1, 16, 16),
 def protonet(model="stride2", distance="euclidean", temperature=1.0, transductive=True, evaluation=None):
     return config_of(
         task={"ways": 4, "shots": 3, "queries": 2, "transductive": transductive},
-        model={"name": model, "hidden": 6},
+        model={"name": model},
         algorithm={"name": "protonet", "distance": distance, "temperature": temperature},
         eval=evaluation or {},
     )

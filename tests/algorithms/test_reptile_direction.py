@@ -13,7 +13,7 @@ IMAGES = {"stride2": (1, 15, 14), "conv4": (2, 16, 17), "conv4-fc": (1, 16, 16),
 def reptile(model="stride2", optimizer="adam", batch=None, steps=4, transductive=True, rate=None):
     return config_of(
         task={"ways": 5, "shots": 3, "queries": 2, "transductive": transductive},
-        model={"name": model, "hidden": 6},
+        model={"name": model},
         algorithm={
             "name": "reptile", "inner_optimizer": optimizer, "inner_batch": batch, "inner_steps": steps,
             "inner_lr": rate or {"adam": 1e-2, "sgd": 0.3}[optimizer],

@@ -27,7 +27,11 @@ def agree(algorithm, model=None, task=None, evaluation=None, tasks=2, image=(1, 
     config = validate(
         {
             "engine": {"dtype": "float64", "device": "cpu"},
-            "model": {"width": 4, "hidden": 5, **(model or {})},
+            "model": {
+                "width": 4,
+                **({"hidden": 5} if (model or {}).get("name") == "conv4-fc" else {}),
+                **(model or {}),
+            },
             "task": {"ways": 4, "shots": 2, "queries": 2, **(task or {})},
             "algorithm": algorithm,
             "eval": evaluation or {},
@@ -104,8 +108,9 @@ def problems(draw):
         "name": draw(st.sampled_from(MODELS)),
         "norm": draw(st.sampled_from(["batch", "layer", "none"])),
         "activation": draw(st.sampled_from(["relu", "softplus", "tanh"])),
-        "pool": draw(st.sampled_from(["max", "avg"])),
     }
+    if model["name"].startswith("conv4"):
+        model["pool"] = draw(st.sampled_from(["max", "avg"]))
     if model["norm"] == "batch" and name != "reptile":
         model["statistics"] = draw(st.sampled_from(["support", "running"]))
     if name == "protonet":

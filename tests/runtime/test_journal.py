@@ -82,7 +82,7 @@ def test_a_checkpoint_has_its_metrics_on_disk(tmp_path: Path, monkeypatch: pytes
     found = []
     for step in (2, 3, 4):
         writer.row(step, loss=1.0)
-    writer.later(lambda: found.extend(read_metrics(tmp_path / "metrics.parquet", 4)))
+    writer.later(lambda: found.extend(read_metrics(tmp_path / "metrics.parquet")))
     writer.flush()
     assert [row["step"] for row in found] == [1, 2, 3, 4]
     writer.close()
@@ -90,9 +90,10 @@ def test_a_checkpoint_has_its_metrics_on_disk(tmp_path: Path, monkeypatch: pytes
 
 def test_rows_behind_the_resumed_step_are_cut(tmp_path: Path) -> None:
     write_metrics(tmp_path / "metrics.parquet", [{"step": step, "loss": float(step)} for step in range(1, 10)])
-    rows = read_metrics(tmp_path / "metrics.parquet", 4)
-    assert rows == [{"step": step, "loss": float(step)} for step in range(1, 5)]
+    rows = read_metrics(tmp_path / "metrics.parquet")
+    assert rows == [{"step": step, "loss": float(step)} for step in range(1, 10)]
     writer = Journal(tmp_path, rows)
+    writer.cut(4)
     writer.row(5, loss=50.0)
     writer.close()
     table = pq.read_table(tmp_path / "metrics.parquet")
@@ -114,11 +115,11 @@ def test_cut_in_the_middle_of_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"PAR1 half a file"])
 def test_damaged_metrics_do_not_stop_a_resume(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "metrics.parquet").write_bytes(content)
-    assert read_metrics(tmp_path / "metrics.parquet", 4) == []
+    assert read_metrics(tmp_path / "metrics.parquet") == []
 
 
 def test_no_metrics_yet(tmp_path: Path) -> None:
-    assert read_metrics(tmp_path / "metrics.parquet", 4) == []
+    assert read_metrics(tmp_path / "metrics.parquet") == []
 
 
 @pytest.mark.parametrize("call", ["row", "later", "flush", "close"])
