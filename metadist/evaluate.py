@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from metadist.config import Config, apply_overrides, flatten, load, resolve, validate
 from metadist.engine.engine import Blueprint
+from metadist.engine.fingerprint import data_fingerprint
 from metadist.errors import ConfigError, RunError
 from metadist.evaluation.protocol import meta_test, settings
 from metadist.run import checked_tables, start
@@ -41,6 +42,8 @@ def evaluate(run_dir: Path, overrides: Sequence[str], *, best: bool, split: str)
         first, *others = settings(config)
         found = {
             "run": run_dir.name,
+            "overrides": list(overrides),
+            "data_fingerprint": data_fingerprint(tables),
             "state": theta.name,
             "split": split,
             "test": meta_test(runtime, first, trained, split),

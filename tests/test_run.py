@@ -235,6 +235,11 @@ def test_steps_of_a_schedule_are_mathematics(tiny: Make, tmp_path: Path) -> None
         resume(tmp_path / "run", ["outer.steps=12"])
 
 
+def test_steps_that_a_resume_computes_again_are_counted(half_run: Path) -> None:
+    """Metrics were written up to step 12, the newest checkpoint is of step 8."""
+    assert resume(half_run, []).result["steps_recomputed"] == 4
+
+
 def test_a_refused_resume_keeps_no_lock(half_run: Path, tiny_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for overrides in (["seed=2"], ["outer.steps=3"], ["nonsense=1"], ["tracking.uri=nonsense"]):
         with pytest.raises(MetadistError):

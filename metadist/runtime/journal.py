@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from metadist.runtime.durable import storage_errors, write
+from metadist.runtime.durable import write
 
 FLUSH_SECONDS = 2.0
 """Between two writings of the metrics; longer once a writing takes a twentieth of that."""
@@ -123,8 +123,7 @@ def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
             columns[name] = pa.array([row.get(name) for row in rows], pa.float64())
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
-    with storage_errors(path):
-        write(path, sink.getvalue().to_pybytes())
+    write(path, sink.getvalue().to_pybytes())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
