@@ -10,12 +10,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from metadist.config import Config, apply_overrides, flatten, load, resolve, validate
+from metadist.durable import storage_errors, write
 from metadist.engine.engine import Blueprint
 from metadist.engine.fingerprint import data_fingerprint
 from metadist.errors import ConfigError, RunError
 from metadist.evaluation.protocol import meta_test, settings
 from metadist.run import checked_tables, start
-from metadist.runtime.durable import storage_errors, write
 
 OVERRIDABLE = ("eval", "cluster", "engine", "data", "task.transductive")
 

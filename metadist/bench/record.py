@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from metadist import __version__
+from metadist.durable import storage_errors, write
 from metadist.errors import RunError
-from metadist.runtime.durable import storage_errors, write
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from metadist.data.files import atomic
+from metadist.data.files import ANOTHER_FOLDER, writing
+from metadist.durable import appearing
 from metadist.errors import DataError
 
 if TYPE_CHECKING:
@@ -101,8 +102,10 @@ def write_table(path: Path, name: str, shape: tuple[int, int, int], classes: Ite
         }
     )
     schema = batch.schema.with_metadata({"name": name, "shape": json.dumps(shape), "fingerprint": fingerprint})
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     # One record batch, so that the image column is one contiguous buffer.
-    with atomic(path) as file, pa.ipc.new_file(file, schema) as writer:
+    with appearing(path, ANOTHER_FOLDER) as file, pa.ipc.new_file(file, schema) as writer:
         writer.write_batch(batch.replace_schema_metadata(schema.metadata))
     return fingerprint
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metadist.models.convolution import convolve
+from metadist.models.first_layer import convolve_and_normalise
 from metadist.models.layers import (
     ACTIVATIONS,
     glorot,
@@ -24,6 +25,9 @@ from metadist.models.layers import (
     pool,
 )
 from metadist.models.network import Params, Statistics
+
+FEW_CHANNELS = 3
+"""Up to which the first layer's statistics are taken from its patches."""
 
 BLOCKS = ("conv1", "conv2", "conv3", "conv4")
 
@@ -66,8 +70,7 @@ class Conv4:
         used: Statistics = {}
         x = x.permute(0, 2, 3, 1)
         for block in BLOCKS:
-            x = convolve(x, params[f"{block}.weight"], stride=2 if self.strided else 1)
-            x = normalise(block, self.norm, params, x, statistics, used)
+            x = self._normalised_convolution(block, params, x, statistics, used)
             if self.strided:
                 x = activate(x)
             elif self.pooling == "max":
@@ -81,6 +84,23 @@ class Conv4:
             if self.outputs is None:
                 x = linear("fc2", params, x)
         return (x if self.outputs is None else linear("head", params, x)), used
+
+    def _normalised_convolution(
+        self, block: str, params: Params, x: Tensor, given: Statistics | None, used: Statistics
+    ) -> Tensor:
+        weight, stride = params[f"{block}.weight"], 2 if self.strided else 1
+        if self.norm == "batch" and weight.shape[-2] <= FEW_CHANNELS:
+            mean, variance = f"{block}.norm.mean", f"{block}.norm.variance"
+            x, used[mean], used[variance] = convolve_and_normalise(
+                x,
+                weight,
+                params[f"{block}.norm.scale"],
+                params[f"{block}.norm.shift"],
+                stride,
+                None if given is None else (given[mean], given[variance]),
+            )
+            return x
+        return normalise(block, self.norm, params, convolve(x, weight, stride), given, used)
 
     def _flat_features(self) -> int:
         if self.strided:

@@ -31,6 +31,12 @@ def convolve(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     return out
 
 
+def patches(x: Tensor, stride: int = 1) -> Tensor:
+    """The windows that `convolve` multiplies, [n, rows, columns, 9 · channels], of x [n, height, width, channels]."""
+    out: Tensor = _Gather.apply(x, stride)
+    return out
+
+
 def _gather(x: Tensor, stride: int) -> Tensor:
     """Patches [n, rows, columns, 9 · channels] of images [n, height, width, channels]."""
     n, height, width, channels = x.shape
@@ -46,11 +52,24 @@ def _scatter(patches: Tensor, height: int, width: int, stride: int) -> Tensor:
     """The adjoint of `_gather`: every patch added back to where it was taken."""
     n, rows, columns, depth = patches.shape
     patches = patches.view(n, rows, columns, 3, 3, depth // 9)
-    padded = patches.new_zeros(n, height + 2, width + 2, depth // 9)
-    for i in range(3):
-        for j in range(3):
-            padded[:, i : i + stride * rows : stride, j : j + stride * columns : stride] += patches[:, :, :, i, j]
-    return padded[:, 1:-1, 1:-1].contiguous()
+    out = patches.new_empty(n, height, width, depth // 9)
+    # Taps 1 … stride along each axis touch every pixel once: they begin the sum, the others are added.
+    for i in (1, 2, 0):
+        from_rows, to_rows = _touched(i, rows, height, stride)
+        for j in (1, 2, 0):
+            from_columns, to_columns = _touched(j, columns, width, stride)
+            part, pixels = patches[:, from_rows, from_columns, i, j], out[:, to_rows, to_columns]
+            if 1 <= i <= stride and 1 <= j <= stride:
+                pixels.copy_(part)
+            else:
+                pixels.add_(part)
+    return out
+
+
+def _touched(tap: int, positions: int, size: int, stride: int) -> tuple[slice, slice]:
+    """Positions whose tap 0, 1 or 2 lies inside the image, and the pixels it lies on."""
+    first, end = int(tap == 0), min(positions, (size - tap) // stride + 1)
+    return slice(first, end), slice(stride * first + tap - 1, max(0, stride * (end - 1) + tap), stride)
 
 
 def _positions(size: int, stride: int) -> int:
@@ -177,11 +196,56 @@ class _ToWeight(torch.autograd.Function):
         return _split_tasks(_ToWeight.apply(x, grad, stride), info.batch_size), 0
 
 
+class _Gather(torch.autograd.Function):
+    """Patches [n, rows, columns, 9 · channels]; linear, with `_Scatter` as its adjoint."""
+
+    @staticmethod
+    def forward(x: Tensor, stride: int) -> Tensor:  # type: ignore[override]
+        return _gather(x, stride)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, ctx.stride = inputs
+        ctx.size = x.shape[1:3]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _Scatter.apply(grad, *ctx.size, ctx.stride), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, stride: int) -> tuple[Tensor, int]:
+        images = x.movedim(in_dims[0], 0)
+        return _Gather.apply(images.flatten(0, 1), stride).unflatten(0, images.shape[:2]), 0
+
+
+class _Scatter(torch.autograd.Function):
+    """The adjoint of `_Gather`, which is its own adjoint's."""
+
+    @staticmethod
+    def forward(grad: Tensor, height: int, width: int, stride: int) -> Tensor:  # type: ignore[override]
+        return _scatter(grad, height, width, stride)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.stride = inputs[3]
+
+    @staticmethod
+    def backward(ctx: Any, towards: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _Gather.apply(towards, ctx.stride), None, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int, None, None, None], grad: Tensor, height: int, width: int, stride: int
+    ) -> tuple[Tensor, int]:
+        images = grad.movedim(in_dims[0], 0)
+        return _Scatter.apply(images.flatten(0, 1), height, width, stride).unflatten(0, images.shape[:2]), 0
+
+
 def _split_tasks(out: Tensor, size: int) -> Tensor:
     """The task axis of this `vmap` apart from the one that was there before."""
     return out if out.shape[0] == size else out.view(size, -1, *out.shape[1:])
 
 
-for _function in (_Convolution, _ToImages, _ToWeight):
+for _function in (_Convolution, _ToImages, _ToWeight, _Gather, _Scatter):
     # torch looks the signature up at every call; found here, it is not put together anew each time.
     _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined, union-attr]

@@ -16,8 +16,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from metadist.durable import write_folder
 from metadist.runtime.aggregator import Snapshot
-from metadist.runtime.durable import write_folder
 
 
 class Best(NamedTuple):

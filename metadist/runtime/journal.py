@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from metadist.runtime.durable import write
+from metadist.durable import write
 
 FLUSH_SECONDS = 2.0
 """Between two writings of the metrics; longer once a writing takes a twentieth of that."""

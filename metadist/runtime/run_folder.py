@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save
 
 from metadist.config import Config, load, to_yaml
+from metadist.durable import storage_errors, write
 from metadist.errors import RunError
-from metadist.runtime.durable import storage_errors, write
 
 
 def fresh_name(job: str) -> Path:

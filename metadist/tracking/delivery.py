@@ -1,13 +1,11 @@
-"""How much of a run has been delivered: `RUN/tracking.json`, and the lock that keeps one writer."""
+"""How much of a run has been delivered: `RUN/tracking.json`."""
 
-import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
+
+from metadist import durable
 
 
 @dataclasses.dataclass
@@ -52,20 +50,5 @@ def read(run_dir: Path) -> Delivery:
 
 
 def write(run_dir: Path, delivery: Delivery) -> None:
-    """Replace `tracking.json` atomically. Not fsynced: a lost update repeats a piece, nothing more."""
-    temporary = run_dir / f".tracking.json.{os.getpid()}"
-    temporary.write_text(json.dumps(dataclasses.asdict(delivery), indent=1) + "\n", encoding="utf-8")
-    temporary.replace(run_dir / "tracking.json")
-
-
-@contextlib.contextmanager
-def lock(path: Path, wait: bool) -> Iterator[bool]:
-    """An exclusive lock that dies with its process. Yields whether it is ours."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    """Replace `tracking.json` in one step."""
+    durable.write(run_dir / "tracking.json", (json.dumps(dataclasses.asdict(delivery), indent=1) + "\n").encode())

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from metadist import durable
 from metadist.config import Config, flatten, load
 from metadist.tracking import delivery, destination, model_copy
 from metadist.tracking.delivery import Delivery
@@ -77,7 +78,7 @@ def sync(run_dir: Path, final: bool = False, uri: str | None = None) -> SyncRepo
     resolved = destination.resolve_uri(uri or config.tracking.uri, run_dir)
     if resolved is None:
         return SyncReport(delivered=True, finished=True)
-    with delivery.lock(run_dir / ".tracking.lock", wait=False) as ours:
+    with durable.lock(run_dir / ".tracking.lock", wait=False) as ours:
         if not ours:
             return SyncReport(delivered=False, problem="another process is copying this run")
         return _sync(run_dir, final, config, resolved)
@@ -149,7 +150,8 @@ class _Copy:
         if database is None:
             self._open()
             return
-        with delivery.lock(database.with_name(f".{database.name}.lock"), wait=True):
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with durable.lock(database.with_name(f".{database.name}.lock")):
             self._open()
 
     def _open(self) -> None:

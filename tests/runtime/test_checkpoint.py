@@ -188,7 +188,7 @@ def test_a_process_killed_while_writing_leaves_no_half_checkpoint(saved: Path, t
         code = (
             "import os, signal\n"
             "from pathlib import Path\n"
-            "from metadist.runtime import durable\n"
+            "from metadist import durable\n"
             "count, real = [0], os.fsync\n"
             "def fsync(handle):\n"
             "    real(handle); count[0] += 1\n"

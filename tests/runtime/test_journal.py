@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from metadist import durable
 from metadist.errors import StorageError
-from metadist.runtime import durable, journal
+from metadist.runtime import journal
 from metadist.runtime.journal import COLUMNS, Journal, read_metrics, write_metrics
 
 

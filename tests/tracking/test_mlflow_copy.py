@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from metadist import durable
 from metadist.config import Config, flatten
 from metadist.tracking import delivery, mlflow_copy
 from metadist.tracking.mlflow_copy import sync
@@ -197,7 +198,7 @@ def test_off_is_off(run: Any) -> None:
 
 def test_one_run_is_copied_by_one_process_at_a_time(run: Any) -> None:
     run.train(1, 3)
-    with delivery.lock(run.folder / ".tracking.lock", wait=False) as ours:
+    with durable.lock(run.folder / ".tracking.lock", wait=False) as ours:
         assert ours
         report = sync(run.folder)
     assert not report.delivered and "another process" in str(report.problem)

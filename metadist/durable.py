@@ -1,40 +1,43 @@
-"""Files that are either there and whole, or not there."""
+"""Files that are either there and whole, or not there; and locks that die with their process."""
 
 import errno
+import fcntl
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from metadist.errors import StorageError
 
 REFUSALS = {
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG,
-    errno.ENOTDIR, errno.ENAMETOOLONG,
+    errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
 }  # fmt: skip
 """What a disk or a folder says that does not take our files."""
 
 
 @contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path, advice: str = "") -> Iterator[None]:
     """Tell a disk that does not take our files in one line."""
     try:
         yield
     except OSError as error:
         if error.errno in REFUSALS:
-            raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
+            raise StorageError(f"{path}: cannot be written: {error.strerror}{advice}") from error
         raise
 
 
-def write(path: Path, content: bytes) -> None:
-    """Replace a file in one step: temporary name, fsync, rename. Raises StorageError."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with storage_errors(path):
+@contextmanager
+def appearing(path: Path, advice: str = "") -> Iterator[BinaryIO]:
+    """A file to write that replaces `path` in one step: temporary name, fsync, rename. Raises StorageError."""
+    temporary = _temporary(path)
+    with storage_errors(path, advice):
         try:
             with open(temporary, "wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -43,9 +46,15 @@ def write(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def write(path: Path, content: bytes) -> None:
+    """Replace a file in one step. Raises StorageError."""
+    with appearing(path) as file:
+        file.write(content)
+
+
 def write_folder(path: Path, files: dict[str, bytes]) -> None:
     """Make a folder with these files appear in one step. Raises StorageError."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary = _temporary(path)
     with storage_errors(path):
         try:
             temporary.mkdir()
@@ -64,6 +73,22 @@ def write_folder(path: Path, files: dict[str, bytes]) -> None:
         finally:
             if temporary.exists():
                 shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def lock(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Only one process at a time; yields whether that is this one. The kernel releases the lock of one that dies."""
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
 
 
 def _sync_folder(path: Path) -> None:
