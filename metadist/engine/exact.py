@@ -88,11 +88,10 @@ def quantise(layout: Layout, tensors: Mapping[str, Tensor], scale: Tensor, parts
     return Part(np.zeros(layout.total, dtype=np.int64), finite, exceeding)
 
 
-def dequantise(layout: Layout, total: np.ndarray, exponents: np.ndarray) -> dict[str, Tensor]:
-    """The sum by name, float64."""
+def dequantise(layout: Layout, total: np.ndarray, exponents: np.ndarray) -> Tensor:
+    """The sum, float64 [total]."""
     # 2^-e is exact, and int64 → float64 rounds once, to nearest, the same everywhere.
-    value = torch.from_numpy(total.astype(np.float64)) / scales(layout, exponents)
-    return layout.split(value)
+    return torch.from_numpy(total.astype(np.float64)) / scales(layout, exponents)
 
 
 def next_exponents(layout: Layout, total: np.ndarray, exponents: np.ndarray) -> np.ndarray:
@@ -101,11 +100,13 @@ def next_exponents(layout: Layout, total: np.ndarray, exponents: np.ndarray) -> 
     A tensor whose sum is zero was zero, or too small for its exponent: it becomes finer.
     """
     result = exponents.copy()
-    starts = np.concatenate([[0], np.cumsum(layout.sizes)])
-    for index in range(len(layout.names)):
-        part = total[starts[index] : starts[index + 1]]
+    sizes = np.array(layout.sizes)
+    starts = np.cumsum(sizes) - sizes
+    some = sizes > 0
+    highest, lowest = (f.reduceat(total, starts[some]) for f in (np.maximum, np.minimum))
+    for index, high, low in zip(np.flatnonzero(some), highest.tolist(), lowest.tolist(), strict=True):
         # Python integers: the magnitude of the most negative int64 is no int64.
-        largest = max(int(part.max()), -int(part.min())) if part.size else 0
+        largest = max(high, -low)
         if largest:
             result[index] += TARGET_BITS - largest.bit_length()
         else:

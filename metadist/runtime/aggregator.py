@@ -78,10 +78,8 @@ class Aggregator:
 
     def broadcast(self) -> Broadcast:
         """θ_t for the workers."""
-        theta = {name: value.detach() for name, value in self.outer.theta.items()}
-        return Broadcast(
-            self.step, self.attempt, self.blueprint.values.flatten(theta | self.state).numpy(), self.exponents
-        )
+        values = self.blueprint.values.flatten(self.outer.theta | self.state)
+        return Broadcast(self.step, self.attempt, values.numpy(), self.exponents)
 
     def add(self, step: int, attempt: int, shard: int, q: np.ndarray) -> bool:
         """Count one shard. A repeated or late one is dropped: False."""
@@ -108,8 +106,8 @@ class Aggregator:
             return Report(step, float("nan"), float("nan"), float("nan"), 0.0, True, missing, 0), self.broadcast()
         tasks, layout = self.config.task.meta_batch, self.blueprint.sums
         with one_thread():
-            mean = {name: value / tasks for name, value in dequantise(layout, self.total, self.exponents).items()}
-            norm = self.outer.step({name: mean[f"gradient.{name}"] for name in self.outer.names}, step)
+            mean = layout.split(dequantise(layout, self.total, self.exponents) / tasks)
+            norm = self.outer.step({name: mean[f"gradient.{name}"] for name in self.blueprint.theta}, step)
             self.state = moved_state(self.state, {name: mean[f"statistics.{name}"] for name in self.state})
         self.exponents = next_exponents(layout, self.total, self.exponents)
         duplicates = self.duplicates
@@ -130,10 +128,9 @@ class Aggregator:
 
     def snapshot(self) -> Snapshot:
         """The state now; copies, so that the next step does not move them."""
-        theta = {name: value.detach().clone() for name, value in self.outer.theta.items()}
         return Snapshot(
             self.step,
-            {name: value.clone().numpy() for name, value in (theta | self.state).items()},
+            {name: value.clone().numpy() for name, value in (self.outer.theta | self.state).items()},
             {name: value.numpy() for name, value in self.outer.memory().items()},
             self.exponents.copy(),
         )

@@ -18,6 +18,9 @@ from metadist.errors import ClusterError
 OBJECT_STORE_BYTES = 512 * 2**20
 """Of a local cluster: parameters and sums are small, the data lives in its own memory map."""
 
+DIRECT_BYTES = 4 * 2**20
+"""Up to which results and arguments travel inside the calls of a local cluster."""
+
 
 def connect(cluster: Cluster) -> tuple[Any, bool]:
     """Ray's module, connected, and whether this call connected it, so that its caller disconnects.
@@ -32,6 +35,8 @@ def connect(cluster: Cluster) -> tuple[Any, bool]:
     quiet = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
     if cluster.address == "local":
         _close_the_door()
+        # On one machine a message is quicker than the object store and its bookkeeping, for θ and sums of this size.
+        os.environ.setdefault("RAY_max_direct_call_object_size", str(DIRECT_BYTES))
         import ray
 
         if ray.is_initialized():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from metadist.config import Outer
+from metadist.engine.layout import Layout
 
 STATE_MOMENTUM = 0.1
 """Weight of a meta-step's mean in the running state, as in torch's batch norm."""
@@ -28,54 +29,60 @@ def learning_rate(outer: Outer, step: int) -> float:
 
 
 class OuterStep:
-    """θ with its torch.optim optimizer; runs on one CPU thread, tensor by tensor."""
+    """θ with its torch.optim optimizer; runs on one CPU thread, on all of θ as one flat buffer in name order."""
 
     def __init__(self, outer: Outer, theta: Mapping[str, Tensor]) -> None:
-        self.outer = outer
-        self.names = sorted(theta)
-        self.theta = {name: theta[name].clone().requires_grad_() for name in self.names}
-        # One kernel a tensor: a fused or multi-tensor kernel may round differently.
+        self.outer, self.layout = outer, Layout.of(theta)
+        self.flat = self.layout.flatten(theta).requires_grad_()
+        # One plain kernel after the other: a fused or multi-tensor one may round differently.
         plain = {"lr": outer.lr, "weight_decay": outer.weight_decay, "foreach": False}
-        params = list(self.theta.values())
         self.optimizer: torch.optim.Optimizer
         match outer.optimizer:
             case "adam":
-                self.optimizer = torch.optim.Adam(params, fused=False, **plain)  # type: ignore[arg-type]
+                self.optimizer = torch.optim.Adam([self.flat], fused=False, **plain)  # type: ignore[arg-type]
             case "adamw":
-                self.optimizer = torch.optim.AdamW(params, fused=False, **plain)  # type: ignore[arg-type]
+                self.optimizer = torch.optim.AdamW([self.flat], fused=False, **plain)  # type: ignore[arg-type]
             case "sgd":
-                self.optimizer = torch.optim.SGD(params, momentum=outer.momentum, fused=False, **plain)  # type: ignore[arg-type]
+                self.optimizer = torch.optim.SGD([self.flat], momentum=outer.momentum, fused=False, **plain)  # type: ignore[arg-type]
             case "rmsprop":
-                self.optimizer = torch.optim.RMSprop(params, momentum=outer.momentum, **plain)  # type: ignore[arg-type]
+                self.optimizer = torch.optim.RMSprop([self.flat], momentum=outer.momentum, **plain)  # type: ignore[arg-type]
+
+    @property
+    def theta(self) -> dict[str, Tensor]:
+        """θ by name: views, which the next step moves."""
+        return self.layout.split(self.flat.detach())
 
     def step(self, gradient: Mapping[str, Tensor], step: int) -> float:
         """Move θ by one mean meta-gradient (float64, by name); returns the gradient's norm before clipping."""
-        norm = math.sqrt(sum(float(gradient[name].square().sum()) for name in self.names))
+        norm = math.sqrt(sum(float(gradient[name].square().sum()) for name in self.layout.names))
         factor = self.outer.clip / norm if self.outer.clip is not None and norm > self.outer.clip else 1.0
-        for name in self.names:
-            self.theta[name].grad = (gradient[name] * factor).to(self.theta[name].dtype)
+        self.flat.grad = (self.layout.flatten(gradient) * factor).to(self.flat.dtype)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.outer, step)
         self.optimizer.step()
         return norm
 
     def memory(self) -> dict[str, Tensor]:
-        """The optimizer's own tensors, by `KEY.NAME`."""
-        slots = self.optimizer.state_dict()["state"]
-        return {
-            f"{key}.{self.names[index]}": torch.as_tensor(value).clone()
-            for index, slot in slots.items()
-            for key, value in slot.items()
-            if value is not None
-        }
+        """The optimizer's own tensors: `KEY.NAME` for those that are as large as θ, else `KEY`."""
+        found: dict[str, Tensor] = {}
+        for key, value in self.optimizer.state_dict()["state"].get(0, {}).items():
+            if value is None:
+                continue
+            value = torch.as_tensor(value).clone()
+            if value.shape == self.flat.shape:
+                found |= {f"{key}.{name}": part for name, part in self.layout.unflatten(value).items()}
+            else:
+                found[key] = value
+        return found
 
     def remember(self, memory: Mapping[str, Tensor]) -> None:
         """Put tensors from `memory` back."""
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in memory.items():
-            key, _, parameter = name.partition(".")
-            state.setdefault(self.names.index(parameter), {})[key] = value.clone()
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        first = self.layout.names[0]
+        slot = {key: value.clone() for key, value in memory.items() if "." not in key}
+        for key in [name.removesuffix(f".{first}") for name in memory if name.endswith(f".{first}")]:
+            slot[key] = self.layout.flatten({name: memory[f"{key}.{name}"] for name in self.layout.names})
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": {0: slot} if slot else {}, "param_groups": groups})
 
 
 def moved_state(state: Mapping[str, Tensor], mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
