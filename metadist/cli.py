@@ -157,6 +157,96 @@ def evaluate(
         print(f"written to {path}")
 
 
+@app.command()
+def embed(
+    run_dir: Annotated[Path, typer.Argument(help="folder of a finished run of task-conditioned")],
+    out: Annotated[Path | None, typer.Option(help="folder for the files; RUN/embeddings without it")] = None,
+    tasks: Annotated[int, typer.Option(min=3, help="how many of the split's tasks")] = 200,
+    split: Annotated[str, typer.Option(help="test or val")] = "test",
+) -> None:
+    """Export the embedding of every test task, with its family, as Parquet and as a plot."""
+    with told_in_one_line():
+        from metadist.evaluate import trained
+        from metadist.evaluation.embeddings import embeddings, nearest_is_family, save
+
+        config, tables, values = trained(run_dir, split)
+        rows = embeddings(config, tables, values, split, tasks)
+        share = nearest_is_family(rows)
+        print(f"{len(rows)} tasks; the nearest other task is of the same family for {100 * share:.1f} % of them")
+        for path in save(rows, out or run_dir / "embeddings"):
+            print(f"wrote {path}")
+
+
+@app.command()
+def methods() -> None:
+    """List the methods: what `algorithm.name` can be."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from metadist.methods import every_method
+
+    table = Table("algorithm.name", "paper", "orders", "ways at test", "regression", box=SIMPLE_HEAD, pad_edge=False)
+    family = ""
+    for method in every_method():
+        if method.family != family:
+            family = method.family
+            table.add_row(Text(family, style="bold"))
+        table.add_row(
+            f"  {method.method_name()}",
+            method.short_paper(),
+            method.orders,
+            "as trained" if method.class_bound else "any",
+            "yes" if method.regression else "",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        "orders: of differentiation in meta-training. Transductive (a task's queries are normalised together) or "
+        "not: task.transductive and eval.transductive say it for every method, and every result says which it was.",
+        style="dim",
+    )
+
+
+@app.command()
+def reproduce(
+    words: Annotated[list[str], typer.Argument(metavar="TABLE [KEY=VALUE]...", help="omniglot or sinusoid")],
+    methods: Annotated[str | None, typer.Option(help="rows of these methods only, such as maml,anil")] = None,
+    budget: Annotated[str, typer.Option(help="short: minutes on two cores; paper: the papers' recipes")] = "short",
+    out: Annotated[Path | None, typer.Option(help="folder of table and runs; reproduced/TABLE without it")] = None,
+    at_once: Annotated[int, typer.Option(min=1, help="rows that run at the same time, on a cluster")] = 1,
+) -> None:
+    """Run a published table's job files and write our figures beside the papers'.
+
+    Stopped in between, the same command goes on where it stopped. Example:
+    `metadist reproduce omniglot --methods maml,protonet data.root=DIR`.
+    """
+    with told_in_one_line():
+        from rich.console import Console
+
+        from metadist.reproduce.report import show
+        from metadist.reproduce.run import reproduce as run
+
+        names, overrides = [w for w in words if "=" not in w], [w for w in words if "=" in w]
+        if len(names) != 1:
+            raise ConfigError(f"one table at a time, not {len(names)}: `metadist reproduce omniglot`")
+        folder = out or Path("reproduced") / names[0]
+        table, rows = run(
+            names[0],
+            budget=budget,
+            methods=methods,
+            overrides=overrides,
+            out=folder,
+            at_once=at_once,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+        show(Console(), table, budget, rows)
+        print(f"written to {folder / budget}/table.md")
+        if any(row.problem for row in rows):
+            raise typer.Exit(1)
+
+
 @data_app.command("list")
 def data_list() -> None:
     """Name every data set."""
@@ -174,12 +264,14 @@ def data_list() -> None:
 
 def _prepared(words: list[str]) -> "Table":
     """The table of `NAME [data.root=DIR] [data.split=SPLIT]`, built or opened."""
-    from metadist.config import Source, apply_overrides, validate
+    from metadist.config import GENERATED, Source, apply_overrides, validate
     from metadist.data.sources import prepare
 
     names = [word for word in words if "=" not in word]
     if len(names) != 1:
         raise ConfigError(f"one data set at a time, not {len(names)}; `metadist data list` names them")
+    if names[0] in GENERATED:
+        raise ConfigError(f"{names[0]}: its tasks come from a formula; there are no images to prepare or to show")
     raw = apply_overrides({"data": {"name": names[0]}}, [word for word in words if "=" in word])
     if set(raw) != {"data"}:
         raise ConfigError("a data set has the keys data.root and data.split only")

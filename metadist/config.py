@@ -15,25 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from metadist.errors import ConfigError
-
-
-def _no_truth_value(value: Any) -> Any:
-    """pydantic reads true as 1."""
-    if isinstance(value, bool):
-        raise PydanticCustomError("number", "Input should be a number")
-    return value
-
-
-Number = BeforeValidator(_no_truth_value)
-Positive = Annotated[int, Field(ge=1), Number]
-Count = Annotated[int, Field(ge=0), Number]
-AtLeastTwo = Annotated[int, Field(ge=2), Number]
-Rate = Annotated[float, Field(gt=0, le=1e38, allow_inf_nan=False), Number]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), Number]
+from metadist.methods import AnyAlgorithm, InnerLoop, Maml, Reptile, every_method
+from metadist.tree import AtLeastTwo, Count, NonNegative, Number, Positive, Rate, Tree
 
 
 def _yaml_off(value: Any) -> Any:
@@ -41,10 +27,8 @@ def _yaml_off(value: Any) -> Any:
     return "off" if value is False else value
 
 
-class Tree(BaseModel):
-    """A node of the config tree: immutable, no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+GENERATED = ("sinusoid",)
+"""Values of `data.name` whose tasks come from a formula: regression tasks, no examples on a disk."""
 
 
 class Source(Tree):
@@ -70,12 +54,18 @@ class Data(Tree):
                 raise ValueError("name: the list of data sets is empty")
             if self.root is not None or self.split is not None:
                 raise ValueError("name: with a list of data sets, root and split belong to each entry of the list")
+            generated = next((source.name for source in self.name if source.name in GENERATED), None)
+            if generated:
+                raise ValueError(f"name: {generated} is generated and joins no list; valid is its name alone")
+        elif self.name in GENERATED and (self.root is not None or self.split is not None):
+            raise ValueError(f"name: {self.name} is generated and takes no root and no split")
         return self
 
     @property
     def sources(self) -> list[Source]:
+        """The data sets that are tables; none where tasks are generated."""
         if isinstance(self.name, str):
-            return [Source(name=self.name, root=self.root, split=self.split)]
+            return [] if self.name in GENERATED else [Source(name=self.name, root=self.root, split=self.split)]
         return self.name
 
 
@@ -105,46 +95,6 @@ class Model(Tree):
     statistics: Literal["support", "running"] = Field(
         "support", description="where a batch norm takes its statistics from when queries are not normalised together"
     )
-
-
-class Algorithm(Tree):
-    """What every method has."""
-
-
-class InnerLoop(Algorithm):
-    """What every method with gradient steps on the support set has."""
-
-    inner_lr: Rate = Field(0.4, description="rate of the inner loop, for a mean loss over the support set")
-    inner_steps: Count = Field(1, description="gradient steps on the support set")
-
-
-class Maml(InnerLoop):
-    """Model-agnostic meta-learning (Finn et al. 2017)."""
-
-    name: Literal["maml"] = "maml"
-    order: Literal[1, 2] = Field(2, description="1 drops the second derivatives (FOMAML)")
-    support_loss_weight: NonNegative = Field(0.0, description="λ: support loss of θ added to the meta-objective")
-
-
-class Reptile(InnerLoop):
-    """Reptile (Nichol et al. 2018): the outer direction is θ − φ."""
-
-    name: Literal["reptile"] = "reptile"
-    inner_lr: Rate = Field(1e-3, description="rate of the inner loop")
-    inner_steps: Count = Field(5, description="gradient steps, each on the next mini-batch of the support set")
-    inner_optimizer: Literal["sgd", "adam"] = Field("adam", description="adam has β1 = 0, β2 = 0.999, ε = 1e-8")
-    inner_batch: Positive | None = Field(None, description="examples per inner step; the whole support set without it")
-
-
-class ProtoNet(Algorithm):
-    """Prototypical networks (Snell et al. 2017)."""
-
-    name: Literal["protonet"] = "protonet"
-    distance: Literal["euclidean", "cosine"] = Field("euclidean", description="squared distance, or cosine similarity")
-    temperature: Rate = Field(1.0, description="logits are multiplied by it; 10 suits cosine")
-
-
-AnyAlgorithm = Annotated[Maml | Reptile | ProtoNet, Field(discriminator="name")]
 
 
 class Outer(Tree):
@@ -246,14 +196,16 @@ class Config(Tree):
         shard, meta_batch = self.task.shard, self.task.meta_batch
         if shard != "auto" and meta_batch % shard:
             raise ValueError(f"task.shard: {shard} does not divide task.meta_batch={meta_batch}")
-        if self.eval.finetune_steps and isinstance(self.algorithm, InnerLoop):
-            raise ValueError(
-                f"eval.finetune_steps: {self.algorithm.name} has its own inner loop; set eval.inner_steps instead"
-            )
-        if self.eval.inner_steps is not None and not isinstance(self.algorithm, InnerLoop):
-            raise ValueError(
-                f"eval.inner_steps: {self.algorithm.name} has no inner loop; set eval.finetune_steps instead"
-            )
+        method = self.algorithm
+        if self.eval.finetune_steps and not method.finetunable:
+            loop = "has its own inner loop; set eval.inner_steps instead"
+            why = loop if isinstance(method, InnerLoop) else "is not fine-tuned"
+            raise ValueError(f"eval.finetune_steps: {method.name} {why}")
+        if self.eval.inner_steps is not None and not isinstance(method, InnerLoop):
+            instead = "; set eval.finetune_steps instead" if method.finetunable else ""
+            raise ValueError(f"eval.inner_steps: {method.name} has no inner loop{instead}")
+        if self.kind == "regression":
+            self._regression()
         for key, default, readers in UNREAD:
             if getattr(self.model, key) != default and self.model.name not in readers:
                 raise ValueError(f"model.{key}: is read by model.name={' or '.join(readers)} only")
@@ -268,6 +220,23 @@ class Config(Tree):
                     f"eval.also.{index}: unknown key {unknown[0]}{_did_you_mean(unknown[0], EVAL_EPISODE_KEYS)}"
                 )
         return self
+
+    def _regression(self) -> None:
+        name = self.data.name
+        if not self.algorithm.regression:
+            raise ValueError(f"algorithm.name: {self.algorithm.name} is for classes; data.name={name} asks for numbers")
+        if self.model.name != "mlp":
+            raise ValueError(f"model.name: {self.model.name} is for images; data.name={name} goes with model.name=mlp")
+        for key in ("within_group", "rotate"):
+            if getattr(self.task, key):
+                raise ValueError(f"task.{key}: is read with images only, not with data.name={name}")
+        if self.eval.ways is not None:
+            raise ValueError(f"eval.ways: counts classes; data.name={name} has none")
+
+    @property
+    def kind(self) -> Literal["classification", "regression"]:
+        """What the tasks ask for."""
+        return "regression" if self.data.name in GENERATED else "classification"
 
     def with_values(self, **sections: dict[str, Any]) -> "Config":
         """This config with some keys replaced and everything checked again."""
@@ -524,7 +493,7 @@ def _one_line(error: ValidationError, raw: dict[str, Any]) -> str:
 
 def algorithm_names() -> list[str]:
     """Every valid `algorithm.name`."""
-    return [member.model_fields["name"].default for member in get_args(get_args(AnyAlgorithm)[0])]
+    return [method.method_name() for method in every_method()]
 
 
 def _tree_at(path: Sequence[str], tag: str | None) -> type[Tree] | None:

@@ -8,13 +8,16 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from metadist.config import Config, apply_overrides, flatten, load, resolve, validate
+from metadist.data.table import Table
 from metadist.durable import storage_errors, write
-from metadist.engine.engine import Blueprint
+from metadist.engine.engine import blueprint as blueprint_of
 from metadist.engine.fingerprint import data_fingerprint
 from metadist.errors import ConfigError, RunError
 from metadist.evaluation.protocol import meta_test, settings
+from metadist.measure import MEASURES
 from metadist.run import checked_tables, start
 
 OVERRIDABLE = ("eval", "cluster", "engine", "data", "task.transductive")
@@ -22,21 +25,10 @@ OVERRIDABLE = ("eval", "cluster", "engine", "data", "task.transductive")
 
 def evaluate(run_dir: Path, overrides: Sequence[str], *, best: bool, split: str) -> tuple[dict[str, Any], Path]:
     """The scores of the trained and of the untrained state, and the JSON file they were written to."""
-    if split not in ("test", "val"):
-        raise ConfigError(f"--split: {split!r} is no split to judge on; valid: test, val")
-    config = judged_config(run_dir, overrides)
-    theta = run_dir / ("best.safetensors" if best else "theta.safetensors")
-    if not theta.is_file():
-        raise RunError(f"{run_dir}: holds no {theta.name}; finish the run with `metadist train --resume {run_dir}`")
-    tables = checked_tables(config, print)
-    blueprint = Blueprint(config, tuple(tables[0].images.shape[1:]))  # type: ignore[arg-type]
-    try:
-        values = load_file(theta)
-    except SafetensorError as error:
-        raise RunError(
-            f"{theta}: is damaged ({error}); remove {run_dir / 'result.json'}, and a resume writes it again"
-        ) from error
-    trained = blueprint.values.flatten({name: values[name] for name in blueprint.values.names}).numpy()
+    state = "best.safetensors" if best else "theta.safetensors"
+    config, tables, values = trained(run_dir, split, overrides, state)
+    blueprint = blueprint_of(config, tables)
+    flat = blueprint.values.flatten({name: values[name] for name in blueprint.values.names}).numpy()
     runtime = start(config, tables, None, print)
     try:
         first, *others = settings(config)
@@ -44,13 +36,13 @@ def evaluate(run_dir: Path, overrides: Sequence[str], *, best: bool, split: str)
             "run": run_dir.name,
             "overrides": list(overrides),
             "data_fingerprint": data_fingerprint(tables),
-            "state": theta.name,
+            "state": state,
             "split": split,
-            "test": meta_test(runtime, first, trained, split),
-            "also": [meta_test(runtime, setting, trained, split) for setting in others],
+            "test": meta_test(runtime, first, flat, split),
+            "also": [meta_test(runtime, setting, flat, split) for setting in others],
         }
         untrained = meta_test(runtime, first, blueprint.initial(), split)
-        found["untrained"] = {"accuracy": untrained["accuracy"], "ci95": untrained["ci95"]}
+        found["untrained"] = {key: untrained[key] for key in (MEASURES[config.kind].name, "ci95")}
         found["numeric_fingerprint"] = runtime.fingerprint
     finally:
         runtime.close()
@@ -60,6 +52,25 @@ def evaluate(run_dir: Path, overrides: Sequence[str], *, best: bool, split: str)
     path = folder / f"{split}-{datetime.now():%Y%m%d-%H%M%S-%f}.json"
     write(path, json.dumps(found, indent=2).encode())
     return found, path
+
+
+def trained(
+    run_dir: Path, split: str, overrides: Sequence[str] = (), state: str = "theta.safetensors"
+) -> tuple[Config, list[Table], dict[str, Tensor]]:
+    """A finished run's config with overrides, its data, and its trained values by name."""
+    if split not in ("test", "val"):
+        raise ConfigError(f"--split: {split!r} is no split to judge on; valid: test, val")
+    config = judged_config(run_dir, overrides)
+    theta = run_dir / state
+    if not theta.is_file():
+        raise RunError(f"{run_dir}: holds no {theta.name}; finish the run with `metadist train --resume {run_dir}`")
+    tables = checked_tables(config, print)
+    try:
+        return config, tables, load_file(theta)
+    except SafetensorError as error:
+        raise RunError(
+            f"{theta}: is damaged ({error}); remove {run_dir / 'result.json'}, and a resume writes it again"
+        ) from error
 
 
 def judged_config(run_dir: Path, overrides: Sequence[str]) -> Config:

@@ -19,6 +19,7 @@ from metadist.engine.layout import sha256
 from metadist.errors import ConfigError, Interrupted, RunError, StorageError
 from metadist.evaluation.protocol import check as check_evaluation
 from metadist.evaluation.protocol import meta_test, settings
+from metadist.measure import MEASURES
 from metadist.runtime.aggregator import Snapshot
 from metadist.runtime.checkpoint import Best, Damaged, checkpoints, load_checkpoint, newest_good
 from metadist.runtime.in_process import InProcess
@@ -26,7 +27,7 @@ from metadist.runtime.journal import Journal, read_metrics
 from metadist.runtime.run_folder import RunFolder, fresh_name, refuse_existing
 from metadist.runtime.runtime import Runtime
 from metadist.runtime.train import Trainer
-from metadist.tasks.few_shot import training_tasks
+from metadist.tasks.samplers import training_tasks
 from metadist.tracking import follow
 from metadist.tracking.destination import check_uri, resolve_uri
 from metadist.tracking.progress import Progress, progress
@@ -171,7 +172,7 @@ def _run(
     try:
         journal = Journal(folder.path, rows)
         journal.cut(first)
-        display: Progress = progress(config.outer.steps, config.cluster.workers)
+        display: Progress = progress(config.outer.steps, config.cluster.workers, MEASURES[config.kind])
         trainer = Trainer(config, runtime, folder, journal, display, best, record)
         try:
             with display:
@@ -217,7 +218,7 @@ def _write_best(folder: RunFolder, best: Best) -> None:
 def _result(config: Config, tables: list[Table], runtime: Runtime, trainer: Trainer, last: Snapshot) -> dict[str, Any]:
     import torch
 
-    from metadist.engine.engine import Blueprint
+    from metadist.engine.engine import blueprint
 
     counts = runtime.counts()
     tests: list[dict[str, Any]] = []
@@ -226,9 +227,8 @@ def _result(config: Config, tables: list[Table], runtime: Runtime, trainer: Trai
         first, *others = settings(config)
         print(f"meta-test: {2 + len(others)} × {config.eval.episodes:,} episodes", flush=True)
         tests = [meta_test(runtime, setting, None) for setting in (first, *others)]
-        blueprint = Blueprint(config, tuple(tables[0].images.shape[1:]))  # type: ignore[arg-type]
-        found = meta_test(runtime, first, blueprint.initial())
-        untrained = {"accuracy": found["accuracy"], "ci95": found["ci95"]}
+        found = meta_test(runtime, first, blueprint(config, tables).initial())
+        untrained = {key: found[key] for key in (trainer.measure.name, "ci95")}
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "metadist": __version__}
     if config.cluster.workers:
         import ray
@@ -254,13 +254,18 @@ def _result(config: Config, tables: list[Table], runtime: Runtime, trainer: Trai
         "test": tests[0] if tests else None,
         "also": tests[1:],
         "untrained": untrained,
-        "best": trainer.best._asdict() if trainer.best else None,
+        "best": _best(trainer),
         "reproducible": trainer.record.get("reproducible", True),
         "seed": config.seed,
         "versions": versions,
         "numeric_fingerprint": runtime.fingerprint,
         "data_fingerprint": data_fingerprint(tables),
     }
+
+
+def _best(trainer: Trainer) -> dict[str, Any] | None:
+    best = trainer.best
+    return best and {"step": best.step, trainer.measure.name: best.score, "ci95": best.ci95}
 
 
 def _printer() -> Callable[[str], None]:

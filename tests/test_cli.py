@@ -243,6 +243,8 @@ def test_data_show(cli: Cli, tmp_path: Path) -> None:
     ("words", "say"),
     [
         (["prepare", "glyps"], ("glyps", "glyphs")),
+        (["prepare", "sinusoid"], ("sinusoid", "formula")),
+        (["show", "sinusoid"], ("sinusoid", "formula")),
         (["prepare", "glyphs", "data.split=finn"], ("finn", "scripts")),
         (["prepare", "omniglot", "data.root=/nowhere"], ("/nowhere",)),
         (["prepare", "omniglot", "data.rot=/nowhere"], ("data.rot", "data.root")),

@@ -9,9 +9,6 @@ from metadist import config as module
 from metadist.config import (
     FREE_ON_RESUME,
     Config,
-    Maml,
-    ProtoNet,
-    Reptile,
     algorithm_names,
     apply_overrides,
     default_shard,
@@ -27,6 +24,7 @@ from metadist.config import (
     validate,
 )
 from metadist.errors import ConfigError
+from metadist.methods import Maml, ProtoNet, Reptile
 
 
 @pytest.fixture(autouse=True)
@@ -149,15 +147,21 @@ def test_an_unknown_method_with_the_nearest(name, nearest):
     assert refusal(f"algorithm.name={name}") == f"algorithm.name: '{name}' is no method; did you mean {nearest}?"
 
 
+METHODS = [
+    "maml", "anil", "boil", "reptile", "meta-sgd", "maml++", "imaml", "protonet", "matching", "siamese", "relation",
+    "mann", "metanet", "lstm-optimizer", "lstm-learner", "r2d2", "task-conditioned", "scratch", "baseline++",
+]  # fmt: skip
+
+
 def test_an_unknown_method_with_all_of_them():
-    assert refusal("algorithm.name=xyz").endswith("valid: maml, protonet, reptile")
-    assert algorithm_names() == ["maml", "reptile", "protonet"]
+    assert refusal("algorithm.name=xyz").endswith(f"valid: {', '.join(sorted(METHODS))}")
+    assert algorithm_names() == METHODS
 
 
 def test_a_method_without_a_name():
     message = refusal("algorithm={inner_lr: 0.1}")
     assert message.startswith("algorithm.name: ")
-    assert "maml, protonet, reptile" in message
+    assert message.endswith(f"valid: {', '.join(sorted(METHODS))}")
 
 
 # --- combinations --------------------------------------------------------------
@@ -180,6 +184,36 @@ def test_an_impossible_combination_names_its_key(words, key, told):
     message = refusal(*words)
     assert message.startswith(f"{key}: ")
     assert told in message
+
+
+SINUSOID = ("data.name=sinusoid", "model.name=mlp")
+
+
+@pytest.mark.parametrize(("words", "key", "told"), [
+    (["data.name=sinusoid"], "model.name", "goes with model.name=mlp"),
+    ([*SINUSOID, "model.name=conv4"], "model.name", "conv4 is for images"),
+    ([*SINUSOID, "algorithm.name=protonet"], "algorithm.name", "protonet is for classes; data.name=sinusoid"),
+    ([*SINUSOID, "task.rotate=true"], "task.rotate", "not with data.name=sinusoid"),
+    ([*SINUSOID, "task.within_group=true"], "task.within_group", "not with data.name=sinusoid"),
+    ([*SINUSOID, "eval.ways=5"], "eval.ways", "data.name=sinusoid has none"),
+    ([*SINUSOID, "data.root=/x"], "data.name", "sinusoid is generated and takes no root and no split"),
+    ([*SINUSOID, "data.split=vinyals"], "data.name", "sinusoid is generated and takes no root and no split"),
+    (["data.name=[{name: sinusoid}]"], "data.name", "sinusoid is generated and joins no list"),
+    (["data.name=[{name: glyphs}, {name: sinusoid}]"], "data.name", "sinusoid is generated and joins no list"),
+])  # fmt: skip
+def test_what_does_not_go_with_sinusoids(words, key, told):
+    message = refusal(*words)
+    assert message.startswith(f"{key}: ")
+    assert told in message
+
+
+def test_what_goes_with_sinusoids():
+    for method in ("maml", "reptile"):
+        config = resolve(config_of(*SINUSOID, f"algorithm.name={method}"))
+        assert config.kind == "regression"
+        assert config.data.sources == []
+        assert resolve(validate(yaml.safe_load(to_yaml(config)), "again")) == config
+    assert config_of().kind == config_of("data.name=[{name: glyphs}]").kind == "classification"
 
 
 def test_combinations_that_are_possible():

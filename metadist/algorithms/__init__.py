@@ -1,67 +1,59 @@
 """One file per method; each is a formula, told in terms of θ, an episode and a network."""
 
-from dataclasses import replace
+import importlib
 from typing import Literal
 
 from metadist.algorithms.algorithm import Algorithm, Normalisation
-from metadist.algorithms.maml import MAML
-from metadist.algorithms.protonet import ProtoNet
-from metadist.algorithms.reptile import Reptile
-from metadist.config import Config, Maml
-from metadist.config import ProtoNet as ProtoNetConfig
-from metadist.config import Reptile as ReptileConfig
+from metadist.algorithms.context import Context
+from metadist.algorithms.objective import OBJECTIVES
+from metadist.config import Config
 from metadist.errors import ConfigError
 from metadist.models import build as build_network
 
-Image = tuple[int, int, int]
+Queries = Literal["together", "support", "running"]
 
 
-def for_training(config: Config, image: Image) -> Algorithm:
-    """The method as it is meta-trained, for images (channels, height, width)."""
-    queries: Literal["together", "support"] = (
-        "together" if config.task.transductive or config.model.statistics == "running" else "support"
-    )
-    return _build(config, image, queries)
+def for_training(config: Config, shape: tuple[int, ...], classes: int = 0) -> Algorithm:
+    """The method as it is meta-trained, for inputs of a shape and a number of meta-train classes."""
+    queries: Queries = "together" if config.task.transductive or config.model.statistics == "running" else "support"
+    return _build(config, shape, classes, queries, judged=False)
 
 
-def for_evaluation(config: Config, image: Image) -> Algorithm:
+def for_evaluation(config: Config, shape: tuple[int, ...], classes: int = 0) -> Algorithm:
     """The same method as it is judged: `eval` says which steps and which statistics.
 
     Raises ConfigError for more or fewer ways than a class-bound head has.
     """
-    judged = config.eval
-    if judged.ways not in (None, config.task.ways) and class_bound(config):
+    if config.eval.ways not in (None, config.task.ways) and config.algorithm.class_bound:
         raise ConfigError(
             f"eval.ways: {config.algorithm.name} learns a head of task.ways={config.task.ways} classes "
-            f"and cannot be judged on {judged.ways}; valid is {config.task.ways}, or a metric method such as protonet"
+            f"and cannot be judged on {config.eval.ways}; valid is {config.task.ways}, "
+            f"or a metric method such as protonet"
         )
-    transductive = config.task.transductive if judged.transductive is None else judged.transductive
-    queries: Literal["together", "support", "running"] = "together" if transductive else config.model.statistics
-    algorithm = _build(config, image, queries)
-    if isinstance(algorithm, ProtoNet):
-        return replace(algorithm, finetune_steps=judged.finetune_steps, finetune_lr=judged.finetune_lr)
-    if judged.inner_steps is not None and isinstance(algorithm, MAML | Reptile):
-        return replace(algorithm, inner_steps=judged.inner_steps)
+    transductive = config.task.transductive if config.eval.transductive is None else config.eval.transductive
+    return _build(config, shape, classes, "together" if transductive else config.model.statistics, judged=True)
+
+
+def _build(config: Config, shape: tuple[int, ...], classes: int, queries: Queries, judged: bool) -> Algorithm:
+    method = config.algorithm
+    if judged and config.eval.inner_steps is not None:
+        method = method.model_copy(update={"inner_steps": config.eval.inner_steps})
+    ways = 1 if config.kind == "regression" else config.task.ways
+    network = build_network(config.model, shape, ways if method.class_bound else None)
+    context = Context(
+        config,
+        Normalisation(network, queries, keep=config.model.statistics == "running"),
+        OBJECTIVES[config.kind],
+        shape,
+        ways,
+        classes,
+        config.eval if judged else None,
+    )
+    file = importlib.import_module(f"metadist.algorithms.{module_name(method.name)}")
+    algorithm: Algorithm = file.build(method, context)
     return algorithm
 
 
-def class_bound(config: Config) -> bool:
-    """Whether the method's head has a row for each class of the training episodes."""
-    return not isinstance(config.algorithm, ProtoNetConfig)
-
-
-def _build(config: Config, image: Image, queries: Literal["together", "support", "running"]) -> Algorithm:
-    method = config.algorithm
-    outputs = config.task.ways if class_bound(config) else None
-    normalisation = Normalisation(
-        build_network(config.model, image, outputs), queries, keep=config.model.statistics == "running"
-    )
-    match method:
-        case Maml():
-            return MAML(normalisation, method.inner_lr, method.inner_steps, method.order, method.support_loss_weight)
-        case ReptileConfig():
-            return Reptile(
-                normalisation, method.inner_lr, method.inner_steps, method.inner_optimizer, method.inner_batch
-            )
-        case ProtoNetConfig():
-            return ProtoNet(normalisation, method.distance, method.temperature)
+def module_name(method: str) -> str:
+    """The file that a method lives in."""
+    return method.replace("++", "_plus_plus").replace("-", "_")

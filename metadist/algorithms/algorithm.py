@@ -20,18 +20,18 @@ State = Mapping[str, Tensor]
 """Tensors by name that no gradient moves but the tasks do, such as running statistics."""
 
 Predictor = Callable[[Tensor], Tensor]
-"""Queries [m, channels, height, width] → logits [m, ways]."""
+"""Queries [m, …] → logits [m, ways], or for regression numbers [m, outputs]."""
 
 
 class Outcome(NamedTuple):
     """What one training task says.
 
-    loss: scalar, the meta-objective; accuracy: scalar in [0, 1] on the queries;
+    loss: scalar, the meta-objective; score: scalar, the objective's score on the queries;
     statistics: this task's value of every state tensor, same names and shapes.
     """
 
     loss: Tensor
-    accuracy: Tensor
+    score: Tensor
     statistics: Statistics
 
 
@@ -58,6 +58,17 @@ class Direct(Protocol):
         self, theta: Theta, state: State, episode: Episode, ways: int, step: int
     ) -> tuple[dict[str, Tensor], Outcome]:
         """The direction that the outer optimizer descends, by name of θ, for one task."""
+        ...
+
+
+class Comparing(Protocol):
+    """A method whose loss compares the tasks of a shard with one another has this beside `Algorithm`.
+
+    The engine then takes the gradient of the returned sum instead of each task's own loss.
+    """
+
+    def shard_loss(self, theta: Theta, state: State, episodes: Episode, ways: int, step: int) -> tuple[Tensor, Outcome]:
+        """Σ over the tasks of a shard, differentiable in θ, and what each of them says, with a leading task axis."""
         ...
 
 
@@ -89,11 +100,6 @@ class Normalisation(NamedTuple):
         if self.queries == "running":
             return dict(state)
         return self.network(params, support.x)[1]
-
-
-def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """Share of rows whose largest logit is the target's; a float64 scalar."""
-    return (logits.detach().argmax(-1) == y).double().mean()
 
 
 def zeros_like_state(state: State) -> Statistics:

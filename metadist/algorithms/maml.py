@@ -5,56 +5,62 @@ Meta-objective:                        L_Q(φ_K(θ)) + λ L_S(θ)
 
 Second order differentiates through the inner loop. First order (FOMAML, §5.2) takes the
 inner gradients as constants, so that the meta-gradient is ∇_φ L_Q(φ_K). L_S and L_Q are
-mean cross-entropies over the support and the query set, unless `loss` says otherwise; the
-paper's code sums over the classes instead, so that its α = 0.4 (5-way) is 2.0 here.
+mean cross-entropies over the support and the query set, or mean squared errors; the paper's
+code sums over the classes instead, so that its α = 0.4 (5-way) is 2.0 here.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta, accuracy
+from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
+from metadist.algorithms.context import Context
+from metadist.algorithms.descent import descend, on_queries, on_support
+from metadist.algorithms.objective import CLASSIFICATION, Objective
+from metadist.methods.gradient import Maml
 from metadist.models.network import Params
 from metadist.tasks.episode import Episode, Examples
 
 
 @dataclass(frozen=True)
 class MAML:
-    """inner_lr: α; inner_steps: K; order: 1 or 2; support_loss_weight: λ; loss: of (outputs, targets), a scalar."""
+    """inner_lr: α; inner_steps: K; order: 1 or 2; support_loss_weight: λ."""
 
     normalisation: Normalisation
     inner_lr: float
     inner_steps: int
     order: int = 2
     support_loss_weight: float = 0.0
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    objective: Objective = CLASSIFICATION
 
     def init(self, generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return self.normalisation.network.init(generator), self.normalisation.initial_state()
 
     def inner_loop(self, theta: Theta, support: Examples) -> Params:
         """φ_K."""
-        fast: Params = theta
-        for _ in range(self.inner_steps):
-            at = fast if self.order == 2 else {name: value.detach() for name, value in fast.items()}
-            gradient = torch.func.grad(self._support_loss)(at, support)
-            fast = {name: value - self.inner_lr * gradient[name] for name, value in fast.items()}
-        return fast
+        loss = on_support(self.normalisation, self.objective, support)
+        return descend(loss, theta, dict.fromkeys(theta, self.inner_lr), self.inner_steps, self.order)
 
     def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
         return self.normalisation.predictor(self.inner_loop(theta, support), state, support)
 
     def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
-        support, query = episode
-        fast = self.inner_loop(theta, support)
-        logits, statistics = self.normalisation.network(fast, query.x, self.normalisation.given(fast, state, support))
-        loss = self.loss(logits, query.y)
+        fast = self.inner_loop(theta, episode.support)
+        outcome = on_queries(self.normalisation, self.objective, fast, state, episode)
         if self.support_loss_weight:
-            loss = loss + self.support_loss_weight * self._support_loss(theta, support)
-        return Outcome(loss, accuracy(logits, query.y), {name: statistics[name].detach() for name in state})
+            before, _ = on_support(self.normalisation, self.objective, episode.support)(theta)
+            outcome = outcome._replace(loss=outcome.loss + self.support_loss_weight * before)
+        return outcome
 
-    def _support_loss(self, params: Params, support: Examples) -> Tensor:
-        return self.loss(self.normalisation.network(params, support.x)[0], support.y)
+
+def build(method: Maml, context: Context) -> MAML:
+    """Of a config."""
+    return MAML(
+        context.normalisation,
+        method.inner_lr,
+        method.inner_steps,
+        method.order,
+        method.support_loss_weight,
+        context.objective,
+    )

@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta, accuracy
+from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
+from metadist.algorithms.context import Context
+from metadist.algorithms.objective import accuracy
+from metadist.methods.metric import ProtoNet as Keys
 from metadist.models.network import Params, Statistics
 from metadist.tasks.episode import Episode, Examples
 
@@ -52,7 +55,7 @@ class ProtoNet:
         return lambda x: self._logits(normalisation.network(embedding, x, given)[0], head)
 
     def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
-        support, query = episode
+        support, query = episode.support, episode.query
         network = self.normalisation.network
         features, of_support = network(theta, support.x)
         given = of_support if self.normalisation.queries == "support" else None
@@ -84,3 +87,14 @@ def prototypes(features: Tensor, y: Tensor, ways: int) -> Tensor:
     """Mean feature per class; features: [n, d]; y: int64 [n]; returns [ways, d]."""
     member = (y == torch.arange(ways, device=y.device)[:, None]).to(features.dtype)
     return member @ features / member.sum(1, keepdim=True)
+
+
+def build(method: Keys, context: Context) -> ProtoNet:
+    """Of a config."""
+    return ProtoNet(
+        context.normalisation,
+        method.distance,
+        method.temperature,
+        context.evaluation.finetune_steps if context.evaluation else 0,
+        context.evaluation.finetune_lr if context.evaluation else 0.0,
+    )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from metadist.config import Source
+from metadist.config import GENERATED, Source
 from metadist.data import glyphs, omniglot
 from metadist.data.files import cache_folder, lock
 from metadist.data.raw import Raw, Say
@@ -44,7 +44,7 @@ def check(source: Source) -> None:
     """Refuse a data set or split that does not exist, or a root where none is read; touches no file."""
     entry = NAMES.get(source.name)
     if entry is None:
-        raise DataError(f"data.name: {source.name!r} is no data set{_nearest(source.name, NAMES)}")
+        raise DataError(f"data.name: {source.name!r} is no data set{_nearest(source.name, (*NAMES, *GENERATED))}")
     if source.split is not None and source.split not in entry.splits:
         raise DataError(
             f"data.split: {source.name} has no split {source.split!r}{_nearest(source.split, entry.splits)}"
@@ -89,6 +89,6 @@ def _usable(path: Path) -> Table | None:
         return None
 
 
-def _nearest(word: str, valid: dict[str, Entry] | tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
+def _nearest(word: str, valid: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f"; valid: {', '.join(valid)}"

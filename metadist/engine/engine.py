@@ -8,25 +8,27 @@ from torch import Tensor
 
 from metadist import algorithms
 from metadist.algorithms.algorithm import Algorithm
+from metadist.algorithms.objective import OBJECTIVES
 from metadist.config import Config
 from metadist.data.table import Table
 from metadist.engine.device import settle
 from metadist.engine.exact import Part, quantise, scales
 from metadist.engine.layout import Layout
 from metadist.engine.shard import ENGINES, JUDGES
-from metadist.tasks.few_shot import FewShot, evaluation_tasks, training_tasks
+from metadist.tasks.samplers import Sampler, evaluation_tasks, training_tasks
 
 
 class Blueprint:
     """Names, shapes and initial values of a run's tensors; the same wherever it is made.
 
+    shape: of one input; classes: how many meta-train has.
     values: θ and state in one buffer; sums: what a shard returns.
     """
 
-    def __init__(self, config: Config, image: tuple[int, int, int]) -> None:
+    def __init__(self, config: Config, shape: tuple[int, ...], classes: int = 0) -> None:
         dtype = getattr(torch, config.engine.dtype)
         generator = torch.Generator().manual_seed(config.seed)
-        theta, state = algorithms.for_training(config, image).init(generator)
+        theta, state = algorithms.for_training(config, shape, classes).init(generator)
         self.theta = {name: value.to(dtype) for name, value in theta.items()}
         self.state = {name: value.to(dtype) for name, value in state.items()}
         self.values = Layout.of(self.theta | self.state)
@@ -34,7 +36,7 @@ class Blueprint:
         self.sums = Layout.of(
             {f"gradient.{name}": value for name, value in self.theta.items()}
             | {f"statistics.{name}": value for name, value in self.state.items()}
-            | {"metric.loss": scalar, "metric.accuracy": scalar}
+            | {"metric.loss": scalar, "metric.score": scalar}
         )
 
     def initial(self) -> np.ndarray:
@@ -49,6 +51,12 @@ class Blueprint:
         return {name: both[name] for name in self.theta}, {name: both[name] for name in self.state}
 
 
+def blueprint(config: Config, tables: Sequence[Table]) -> Blueprint:
+    """Of a resolved config and its data."""
+    tasks = training_tasks(config, tables, "cpu")
+    return Blueprint(config, tasks.shape, tasks.classes)
+
+
 class Engine:
     """Computes shards and judges episodes for one resolved config on one device."""
 
@@ -56,19 +64,20 @@ class Engine:
         self.config, self.tables = config, tables
         self.device = settle(config.engine)
         self.tasks = training_tasks(config, tables, self.device)
-        self.algorithm = algorithms.for_training(config, self.tasks.shape)
-        self.blueprint = Blueprint(config, self.tasks.shape)
+        shape, classes = self.tasks.shape, self.tasks.classes
+        self.algorithm = algorithms.for_training(config, shape, classes)
+        self.blueprint = Blueprint(config, shape, classes)
         self._compute = ENGINES[config.engine.mode]
         self._judge = JUDGES[config.engine.mode]
         assert isinstance(config.task.shard, int)
         self.shard_tasks = config.task.shard
         self.shards = config.task.meta_batch // self.shard_tasks
-        self._judged: dict[tuple[str, str], tuple[FewShot, Algorithm]] = {}
+        self._judged: dict[tuple[str, str], tuple[Sampler, Algorithm]] = {}
 
     def sums(self, theta: dict[str, Tensor], state: dict[str, Tensor], step: int, shard: int) -> dict[str, Tensor]:
         """Float sums of one shard of a meta-step, by name."""
         episodes = self.tasks.sample(step, shard * self.shard_tasks, self.shard_tasks)
-        return self._compute(self.algorithm, theta, state, episodes, self.config.task.ways, step)
+        return self._compute(self.algorithm, theta, state, episodes, self.tasks.ways, step)
 
     def part(self, values: np.ndarray, exponents: np.ndarray, step: int, shard: int) -> Part:
         """One shard's sums as integers: a pure function of its arguments and the config."""
@@ -77,7 +86,7 @@ class Engine:
         return quantise(self.blueprint.sums, self.sums(theta, state, step, shard), scale, self.shards)
 
     def judge(self, values: np.ndarray, judged: Config, split: str, first: int, tasks: int) -> dict[str, np.ndarray]:
-        """Accuracy and loss, float64 [tasks] each, of evaluation tasks first … first+tasks−1.
+        """Score and loss, float64 [tasks] each, of evaluation tasks first … first+tasks−1.
 
         `judged` is the run's config with the evaluation's own `eval` section. A whole shard
         is computed and cut, so that the shapes, and with them the bits, never depend on
@@ -86,9 +95,9 @@ class Engine:
         key = (split, judged.eval.model_dump_json())
         if key not in self._judged:
             sampler = evaluation_tasks(judged, self.tables, split, self.device)
-            self._judged[key] = (sampler, algorithms.for_evaluation(judged, sampler.shape))
+            self._judged[key] = (sampler, algorithms.for_evaluation(judged, sampler.shape, self.tasks.classes))
         sampler, algorithm = self._judged[key]
         theta, state = self.blueprint.named(values, self.device)
         episodes = sampler.sample(0, first, self.shard_tasks)
-        found = self._judge(algorithm, theta, state, episodes, sampler.ways)
+        found = self._judge(algorithm, OBJECTIVES[judged.kind], theta, state, episodes, sampler.ways)
         return {name: value[:tasks].double().cpu().numpy() for name, value in found.items()}

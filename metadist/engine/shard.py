@@ -5,7 +5,7 @@ last bits differ. The sums of a shard are named tensors:
 
 - `gradient.NAME`: Σ over the tasks of the meta-gradient (or of the method's direction);
 - `statistics.NAME`: Σ of every state tensor's value in each task;
-- `metric.loss`, `metric.accuracy`: Σ of the scalars.
+- `metric.loss`, `metric.score`: Σ of the scalars.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from metadist.algorithms.algorithm import Algorithm, Outcome, State, Theta, accuracy
-from metadist.tasks.episode import Episode, Examples
+from metadist.algorithms.algorithm import Algorithm, Outcome, State, Theta
+from metadist.algorithms.objective import Objective
+from metadist.tasks.episode import Episode
 
 Sums = dict[str, Tensor]
 Judged = dict[str, Tensor]
@@ -30,13 +31,19 @@ def vectorised(algorithm: Algorithm, theta: Theta, state: State, episodes: Episo
     leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
     # The gradient is taken outside of `vmap`: the sum over tasks happens inside the backward
     # pass, and what all tasks share (the first forward pass with θ) is one large product.
-    outcomes = vmap(lambda e: algorithm.task_loss(leaves, state, e, ways, step))(episodes)
-    gradient = torch.autograd.grad(outcomes.loss.sum(), list(leaves.values()), materialize_grads=True)
+    if hasattr(algorithm, "shard_loss"):
+        total, outcomes = algorithm.shard_loss(leaves, state, episodes, ways, step)
+    else:
+        outcomes = vmap(lambda e: algorithm.task_loss(leaves, state, e, ways, step))(episodes)
+        total = outcomes.loss.sum()
+    gradient = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
     return _named(dict(zip(leaves, gradient, strict=True)), outcomes)
 
 
 def loop(algorithm: Algorithm, theta: Theta, state: State, episodes: Episode, ways: int, step: int) -> Sums:
-    """The same, one task after the other."""
+    """The same, one task after the other, but for a loss that compares tasks."""
+    if hasattr(algorithm, "shard_loss"):
+        return vectorised(algorithm, theta, state, episodes, ways, step)
     total: Sums = {}
     for episode in _each(episodes):
         if hasattr(algorithm, "meta_gradient"):
@@ -52,16 +59,20 @@ def loop(algorithm: Algorithm, theta: Theta, state: State, episodes: Episode, wa
     return total
 
 
-def judge_vectorised(algorithm: Algorithm, theta: Theta, state: State, episodes: Episode, ways: int) -> Judged:
-    """Accuracy and loss of every episode's queries after adaptation, each [tasks]."""
+def judge_vectorised(
+    algorithm: Algorithm, objective: Objective, theta: Theta, state: State, episodes: Episode, ways: int
+) -> Judged:
+    """Score and loss of every episode's queries after adaptation, each [tasks]."""
     with torch.no_grad():
-        return vmap(lambda e: _judge(algorithm, theta, state, e, ways))(episodes)
+        return vmap(lambda e: _judge(algorithm, objective, theta, state, e, ways))(episodes)
 
 
-def judge_loop(algorithm: Algorithm, theta: Theta, state: State, episodes: Episode, ways: int) -> Judged:
+def judge_loop(
+    algorithm: Algorithm, objective: Objective, theta: Theta, state: State, episodes: Episode, ways: int
+) -> Judged:
     """The same, one task after the other."""
     with torch.no_grad():
-        each = [_judge(algorithm, theta, state, episode, ways) for episode in _each(episodes)]
+        each = [_judge(algorithm, objective, theta, state, episode, ways) for episode in _each(episodes)]
     return {name: torch.stack([one[name] for one in each]) for name in each[0]}
 
 
@@ -69,30 +80,25 @@ ENGINES: dict[str, Callable[[Algorithm, Theta, State, Episode, int, int], Sums]]
     "loop": loop,
     "vectorised": vectorised,
 }
-JUDGES: dict[str, Callable[[Algorithm, Theta, State, Episode, int], Judged]] = {
+JUDGES: dict[str, Callable[[Algorithm, Objective, Theta, State, Episode, int], Judged]] = {
     "loop": judge_loop,
     "vectorised": judge_vectorised,
 }
 
 
-def _judge(algorithm: Algorithm, theta: Theta, state: State, episode: Episode, ways: int) -> Judged:
-    logits = algorithm.adapt(theta, state, episode.support, ways)(episode.query.x)
-    y = episode.query.y
-    return {
-        "accuracy": accuracy(logits, y),
-        "loss": torch.nn.functional.cross_entropy(logits, y),
-    }
+def _judge(
+    algorithm: Algorithm, objective: Objective, theta: Theta, state: State, episode: Episode, ways: int
+) -> Judged:
+    outputs = algorithm.adapt(theta, state, episode.support, ways)(episode.query.x)
+    return {"score": objective.score(outputs, episode.query.y), "loss": objective.loss(outputs, episode.query.y)}
 
 
 def _named(gradient: Sums, outcomes: Outcome) -> Sums:
     sums = {f"gradient.{name}": value for name, value in gradient.items()}
     sums |= {f"statistics.{name}": value.sum(0) for name, value in outcomes.statistics.items()}
-    return sums | {"metric.loss": outcomes.loss.detach().sum(0), "metric.accuracy": outcomes.accuracy.sum(0)}
+    return sums | {"metric.loss": outcomes.loss.detach().sum(0), "metric.score": outcomes.score.sum(0)}
 
 
 def _each(episodes: Episode) -> list[Episode]:
-    support, query = episodes
-    return [
-        Episode(Examples(support.x[i], support.y[i]), Examples(query.x[i], query.y[i]))
-        for i in range(support.y.shape[0])
-    ]
+    tasks = episodes.family.shape[0]
+    return [torch.utils._pytree.tree_map(lambda value, i=i: value[i], episodes) for i in range(tasks)]  # type: ignore[misc]

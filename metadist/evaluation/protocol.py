@@ -1,4 +1,4 @@
-"""The meta-test protocol: mean accuracy over N episodes with its 95 % interval."""
+"""The meta-test protocol: mean accuracy or squared error over N episodes with its 95 % interval."""
 
 import math
 from typing import Any, NamedTuple, Protocol
@@ -7,27 +7,28 @@ import numpy as np
 
 from metadist import algorithms
 from metadist.config import Config, validate
-from metadist.tasks.few_shot import FewShot, evaluation_tasks
+from metadist.measure import MEASURES
+from metadist.tasks.samplers import evaluation_tasks, training_tasks
 
 
 class Judge(Protocol):
-    """Whatever computes evaluation tasks: accuracy and loss, float64 [episodes] each."""
+    """Whatever computes evaluation tasks: score and loss, float64 [episodes] each."""
 
     def judge(self, values: np.ndarray | None, judged: Config, split: str, episodes: int) -> dict[str, np.ndarray]: ...
 
 
 class Score(NamedTuple):
-    """Mean over episodes, in [0, 1], and the half-width of its 95 % interval, 1.96 · s / √N."""
+    """Mean over episodes and the half-width of its 95 % interval, 1.96 · s / √N."""
 
-    accuracy: float
+    mean: float
     ci95: float
 
 
-def score(accuracies: np.ndarray) -> Score:
-    """accuracies: float64 [episodes]; s is the sample's standard deviation (N − 1)."""
-    n = len(accuracies)
-    spread = float(np.std(accuracies, ddof=1)) if n > 1 else float("nan")
-    return Score(float(np.mean(accuracies)), 1.96 * spread / math.sqrt(n))
+def score(scores: np.ndarray) -> Score:
+    """scores: float64 [episodes]; s is the sample's standard deviation (N − 1)."""
+    n = len(scores)
+    spread = float(np.std(scores, ddof=1)) if n > 1 else float("nan")
+    return Score(float(np.mean(scores)), 1.96 * spread / math.sqrt(n))
 
 
 def settings(config: Config) -> list[Config]:
@@ -45,8 +46,8 @@ def check(config: Config, tables: list[Any]) -> None:
     wanted = (["val"] if config.eval.every else []) + (["test"] if config.eval.test else [])
     for setting in settings(config):
         for split in wanted:
-            sampler: FewShot = evaluation_tasks(setting, tables, split, "cpu")
-            algorithms.for_evaluation(setting, sampler.shape)
+            sampler = evaluation_tasks(setting, tables, split, "cpu")
+            algorithms.for_evaluation(setting, sampler.shape, training_tasks(setting, tables, "cpu").classes)
 
 
 def validation_settings(config: Config) -> Config:
@@ -56,8 +57,8 @@ def validation_settings(config: Config) -> Config:
 
 def meta_test(judge: Judge, setting: Config, values: np.ndarray | None, split: str = "test") -> dict[str, Any]:
     """One line of a result: the score and what it is a score of."""
-    found = score(judge.judge(values, setting, split, setting.eval.episodes)["accuracy"])
-    return {**found._asdict(), **described(setting)}
+    found = score(judge.judge(values, setting, split, setting.eval.episodes)["score"])
+    return {MEASURES[setting.kind].name: found.mean, "ci95": found.ci95, **described(setting)}
 
 
 def described(setting: Config) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def described(setting: Config) -> dict[str, Any]:
     judged, task = setting.eval, setting.task
     told: dict[str, Any] = {
         "episodes": judged.episodes,
-        "ways": judged.ways or task.ways,
+        "ways": 1 if setting.kind == "regression" else judged.ways or task.ways,
         "shots": judged.shots or task.shots,
         "queries": judged.queries or task.queries,
         "transductive": task.transductive if judged.transductive is None else judged.transductive,

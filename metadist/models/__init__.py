@@ -7,14 +7,16 @@ from metadist.models.mlp import MLP
 from metadist.models.network import Network
 
 
-def build(model: Model, image: tuple[int, int, int], outputs: int | None) -> Network:
-    """The network that a config names, for images (channels, height, width); without head if outputs is None."""
+def build(model: Model, shape: tuple[int, ...], outputs: int | None) -> Network:
+    """The network that a config names, for inputs of a shape, images (channels, height, width); without head if
+    outputs is None."""
     if model.name == "mlp":
-        return MLP(image, outputs, model.width, model.layers, model.norm, model.activation)
-    if model.name != "stride2" and min(image[1:]) < 16:
+        return MLP(shape, outputs, model.width, model.layers, model.norm, model.activation)
+    channels, height, width = shape
+    if model.name != "stride2" and min(height, width) < 16:
         raise ConfigError(f"model.name: {model.name} pools four times and needs images of 16 pixels or more")
     return Conv4(
-        image,
+        (channels, height, width),
         outputs,
         width=model.width,
         strided=model.name == "stride2",

@@ -4,6 +4,9 @@
 - `conv4` (Vinyals et al. 2016, Snell et al. 2017): 3 × 3 convolutions, 2 × 2 pooling.
 - `conv4-fc`: conv4 and a linear layer of `hidden` units with activation; the second linear
   layer is the head, or for a network without head an embedding of `hidden` units.
+
+A method that compares positions takes the last block's feature maps instead of one vector an
+image (`maps`), and can pool behind the first blocks only, so that maps of some size are left.
 """
 
 from dataclasses import dataclass
@@ -34,7 +37,8 @@ BLOCKS = ("conv1", "conv2", "conv3", "conv4")
 
 @dataclass(frozen=True)
 class Conv4:
-    """image: (channels, height, width); outputs: units of the head, None for features."""
+    """image: (channels, height, width); outputs: units of the head, None for features; pools: blocks
+    that are pooled, the first ones, where none is strided; maps: features are [n, rows, columns, width]."""
 
     image: tuple[int, int, int]
     outputs: int | None
@@ -44,6 +48,8 @@ class Conv4:
     norm: str = "batch"
     activation: str = "relu"
     hidden: int | None = None
+    pools: int = len(BLOCKS)
+    maps: bool = False
 
     def init(self, generator: torch.Generator) -> dict[str, Tensor]:
         params: dict[str, Tensor] = {}
@@ -69,15 +75,17 @@ class Conv4:
         activate = ACTIVATIONS[self.activation]
         used: Statistics = {}
         x = x.permute(0, 2, 3, 1)
-        for block in BLOCKS:
+        for number, block in enumerate(BLOCKS):
             x = self._normalised_convolution(block, params, x, statistics, used)
-            if self.strided:
+            if self.strided or number >= self.pools:
                 x = activate(x)
             elif self.pooling == "max":
                 # A maximum and a rising function commute; a quarter of the activations is enough.
                 x = activate(pool("max", x))
             else:
                 x = pool("avg", activate(x))
+        if self.maps:
+            return x, used
         x = x.mean((1, 2)) if self.strided else x.flatten(1)
         if self.hidden is not None:
             x = activate(linear("fc1", params, x))
@@ -105,4 +113,5 @@ class Conv4:
     def _flat_features(self) -> int:
         if self.strided:
             return self.width
-        return self.width * (self.image[1] // 16) * (self.image[2] // 16)
+        _, height, width = self.image
+        return self.width * (height >> self.pools) * (width >> self.pools)

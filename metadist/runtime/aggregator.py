@@ -43,7 +43,7 @@ class Report(NamedTuple):
 
     step: int
     loss: float
-    accuracy: float
+    score: float
     grad_norm: float
     lr: float
     finite: bool
@@ -54,9 +54,11 @@ class Report(NamedTuple):
 class Aggregator:
     """θ, the running state, the optimizer and the sum of the current step."""
 
-    def __init__(self, config: Config, image: tuple[int, int, int], snapshot: Snapshot | None = None) -> None:
+    def __init__(
+        self, config: Config, shape: tuple[int, ...], snapshot: Snapshot | None = None, classes: int = 0
+    ) -> None:
         assert isinstance(config.task.shard, int)
-        self.config, self.blueprint = config, Blueprint(config, image)
+        self.config, self.blueprint = config, Blueprint(config, shape, classes)
         self.shards = config.task.meta_batch // config.task.shard
         theta, state = self.blueprint.theta, self.blueprint.state
         self.step, self.exponents = 0, first_exponents(self.blueprint.sums)
@@ -117,7 +119,7 @@ class Aggregator:
         report = Report(
             step,
             float(mean["metric.loss"]),
-            float(mean["metric.accuracy"]),
+            float(mean["metric.score"]),
             norm,
             learning_rate(self.config.outer, step),
             bool(np.isfinite(broadcast.values).all()),

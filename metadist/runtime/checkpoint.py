@@ -24,7 +24,7 @@ class Best(NamedTuple):
     """The best validation so far, and the step of its state."""
 
     step: int
-    accuracy: float
+    score: float
     ci95: float
 
 

@@ -21,11 +21,15 @@ class InProcess:
         self.config = config
         self.worker = Worker(config, [str(table.path) for table in tables])
         introduction = self.worker.introduce()
-        self.aggregator = Aggregator(config, self.worker.engine.tasks.shape, snapshot)
+        self.aggregator = self._aggregator(snapshot)
         self.fingerprint = introduction.fingerprint | {"probe": introduction.probe}
         self._broadcast: Broadcast = self.aggregator.broadcast()
         self._computed = 0
         self._recomputed = 0
+
+    def _aggregator(self, snapshot: Snapshot | None) -> Aggregator:
+        tasks = self.worker.engine.tasks
+        return Aggregator(self.config, tasks.shape, snapshot, tasks.classes)
 
     def begin(self, step: int) -> None:
         pass
@@ -60,7 +64,7 @@ class InProcess:
         return lambda: taken
 
     def restart(self, snapshot: Snapshot | None) -> None:
-        self.aggregator = Aggregator(self.config, self.worker.engine.tasks.shape, snapshot)
+        self.aggregator = self._aggregator(snapshot)
         self._broadcast = self.aggregator.broadcast()
 
     def judge(self, values: np.ndarray | None, judged: Config, split: str, episodes: int) -> dict[str, np.ndarray]:

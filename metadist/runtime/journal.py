@@ -19,7 +19,8 @@ from metadist.durable import write
 FLUSH_SECONDS = 2.0
 """Between two writings of the metrics; longer once a writing takes a twentieth of that."""
 
-COLUMNS = ("time", "seconds", "loss", "accuracy", "grad_norm", "lr", "tasks_per_second", "val_accuracy", "val_ci95")
+COLUMNS = ("time", "seconds", "loss", "grad_norm", "lr", "tasks_per_second")
+"""Of every run; the score of its kind, in training and validation, joins them."""
 
 
 class Journal:

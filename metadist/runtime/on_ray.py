@@ -20,6 +20,7 @@ from metadist.runtime.cluster import check_resources, connect, disconnect
 from metadist.runtime.dispatcher import Dispatcher
 from metadist.runtime.runtime import AggregatorLost, Counts, Later, NotFinite, Say
 from metadist.runtime.worker import Introduction, Receipt, Worker
+from metadist.tasks.samplers import training_tasks
 
 MOST_DEATHS_IN_A_ROW = 5
 """Workers that may die one after the other before any of them finishes anything."""
@@ -50,7 +51,8 @@ class OnRay:
     def __init__(self, config: Config, tables: Sequence[Table], snapshot: Snapshot | None, say: Say) -> None:
         self.config, self.say = config, say
         self.paths = [str(table.path) for table in tables]
-        self.image: tuple[int, int, int] = tuple(tables[0].images.shape[1:])  # type: ignore[assignment]
+        tasks = training_tasks(config, tables, "cpu")
+        self._shape, self._classes = tasks.shape, tasks.classes
         self.ray, self._ours = connect(config.cluster)
         self.fingerprint: dict[str, str] = {}
         self.pids: dict[str, int] = {}
@@ -78,7 +80,7 @@ class OnRay:
 
     def _start_aggregator(self, snapshot: Snapshot | None) -> None:
         actor = self.ray.remote(Aggregator).options(num_cpus=0, max_restarts=0)
-        self._aggregator = actor.remote(self.config, self.image, snapshot)
+        self._aggregator = actor.remote(self.config, self._shape, snapshot, self._classes)
         self._broadcast = self._aggregator.broadcast.remote()
 
     # --- workers -------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 from metadist.config import Config
 from metadist.errors import ClusterError, Divergence
 from metadist.evaluation.protocol import Score, score, validation_settings
+from metadist.measure import MEASURES
 from metadist.runtime.aggregator import Report, Snapshot
 from metadist.runtime.checkpoint import Best, newest_good, prune, save_checkpoint
 from metadist.runtime.journal import Journal
@@ -41,6 +42,7 @@ class Trainer:
         }
         self.recomputed: int = self.record["steps_recomputed"]
         self.started = time.time()
+        self.measure = MEASURES[config.kind]
         self._done_here, self._training = 0, 0.0
         self._losses, self._went_back_to = 0, -1
 
@@ -87,6 +89,7 @@ class Trainer:
                 save = self._validate(done) or save
             if save:
                 self._checkpoint(self.runtime.snapshot())
+        self.journal.flush()  # an aggregator lost in the last checkpoint is found here, where it can be replaced
         return self.runtime.snapshot()()
 
     def _log(self, report: Report, seconds: float, tasks: int) -> None:
@@ -96,23 +99,23 @@ class Trainer:
         self.journal.row(
             report.step + 1,
             loss=report.loss,
-            accuracy=report.accuracy,
+            **{self.measure.name: report.score},
             grad_norm=report.grad_norm,
             lr=report.lr,
             tasks_per_second=rate,
             seconds=seconds,
         )
-        self.display.step(report.step + 1, report.loss, report.accuracy, rate, self.runtime.workers)
+        self.display.step(report.step + 1, report.loss, report.score, rate, self.runtime.workers)
 
     def _validate(self, done: int) -> bool:
         """Judge the state on meta-validation; whether it is the best so far."""
         setting = validation_settings(self.config)
-        found: Score = score(self.runtime.judge(None, setting, "val", self.config.eval.val_episodes)["accuracy"])
-        better = self.best is None or found.accuracy > self.best.accuracy
+        found: Score = score(self.runtime.judge(None, setting, "val", self.config.eval.val_episodes)["score"])
+        better = self.best is None or self.measure.better(found.mean, self.best.score)
         if better:
-            self.best = Best(done, found.accuracy, found.ci95)
-        self.journal.row(done, val_accuracy=found.accuracy, val_ci95=found.ci95)
-        self.display.validation(done, found.accuracy, found.ci95, better)
+            self.best = Best(done, found.mean, found.ci95)
+        self.journal.row(done, **{f"val_{self.measure.name}": found.mean}, val_ci95=found.ci95)
+        self.display.validation(done, found.mean, found.ci95, better)
         return better
 
     def _checkpoint(self, later: Callable[[], Snapshot]) -> None:

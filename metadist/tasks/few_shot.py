@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from metadist.config import Config
 from metadist.data.table import Table
 from metadist.errors import DataError
 from metadist.tasks.counter import below, distinct, key
@@ -62,6 +61,7 @@ class FewShot:
         pool_offset: list[int] = []
         pools: list[int] = []
         classes = 0
+        self.families: list[str] = []
         for number, table in enumerate(tables):
             part = table.splits[split]
             starts.append(part.start)
@@ -71,11 +71,13 @@ class FewShot:
             _check_examples(table, split, shots, queries, keys)
             pool_offset.append(len(pool_first))
             pools.append(len(groups))
-            for first, size in groups:
+            for name, first, size in groups:
+                self.families.append(name)
                 pool_first.append(classes + first)
                 pool_size.append(size)
             classes += len(part.start)
         self._images = [table.images.to(self.device) for table in tables]
+        self.classes = classes
         self._start, self._count, self._source = (torch.cat(x).to(self.device) for x in (starts, counts, sources))
         self._pool_first, self._pool_size, self._pool_offset, self._pools, self._weights = (
             torch.tensor(x, device=self.device) for x in (pool_first, pool_size, pool_offset, pools, list(weights))
@@ -88,6 +90,10 @@ class FewShot:
 
         Shapes [tasks, ways] and [tasks, ways, shots + queries].
         """
+        return self._drawn(step, first, tasks)[:2]
+
+    def _drawn(self, step: int, first: int, tasks: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Classes, rows and the pool, int64 [tasks], that the classes come from."""
         number = torch.arange(first, first + tasks, device=self.device)
         task = key(self.seed, SPLITS[self.split], step, number, device=self.device)
         total = self._weights.cumsum(0)
@@ -100,7 +106,7 @@ class FewShot:
         example = key_of(key_of(task, _EXAMPLES)[:, None], way).flatten()
         amount = self.shots + self.queries
         rows = distinct(example, self._count[classes.flatten()], amount).view(tasks, self.ways, amount)
-        return classes, self._start[classes][..., None] + rows
+        return classes, self._start[classes][..., None] + rows, pool
 
     def sample(self, step: int, first: int, tasks: int) -> Episode:
         """Tasks first … first+tasks−1 of a meta-step as one batch with a leading task axis.
@@ -108,7 +114,7 @@ class FewShot:
         support.x: [tasks, ways·shots, channels, height, width] in [0, 1], of `dtype`;
         query likewise; the examples stand shot by shot.
         """
-        classes, rows = self.indices(step, first, tasks)
+        classes, rows, pool = self._drawn(step, first, tasks)
         rows = rows.transpose(1, 2)  # shot by shot
         x = self._pixels(self._source[classes][:, None].expand_as(rows), rows)
         if self._turned is not None:
@@ -122,6 +128,8 @@ class FewShot:
         return Episode(
             Examples(x[:, :cut].flatten(1, 2), y[:, :cut].flatten(1, 2)),
             Examples(x[:, cut:].flatten(1, 2), y[:, cut:].flatten(1, 2)),
+            classes,
+            pool,
         )
 
     def turns(self, step: int, first: int, tasks: int) -> Tensor:
@@ -155,8 +163,8 @@ def key_of(keys: Tensor, coordinate: int | Tensor) -> Tensor:
     return key(0, keys, coordinate, device=keys.device)
 
 
-def _pools(table: Table, split: str, ways: int, within_group: bool, keys: str) -> list[tuple[int, int]]:
-    """(first class, classes) of every pool that can fill an episode."""
+def _pools(table: Table, split: str, ways: int, within_group: bool, keys: str) -> list[tuple[str, int, int]]:
+    """(name, first class, classes) of every pool that can fill an episode."""
     part = table.splits[split]
     if not within_group:
         if ways > len(part.start):
@@ -164,8 +172,8 @@ def _pools(table: Table, split: str, ways: int, within_group: bool, keys: str) -
                 f"{keys}.ways: {ways} ways, but meta-{split} of {table.name} has {len(part.start)} classes; "
                 f"at most {len(part.start)} is valid"
             )
-        return [(0, len(part.start))]
-    pools = [(first, size) for _, first, size in part.groups if size >= ways]
+        return [(table.name, 0, len(part.start))]
+    pools = [(name, first, size) for name, first, size in part.groups if size >= ways]
     if not pools:
         largest = max(size for _, _, size in part.groups)
         raise DataError(
@@ -182,39 +190,3 @@ def _check_examples(table: Table, split: str, shots: int, queries: int, keys: st
             f"{keys}.shots + {keys}.queries: {shots} + {queries} examples per class, but a class in meta-{split} of "
             f"{table.name} has {fewest}; at most {fewest} together is valid"
         )
-
-
-def training_tasks(config: Config, tables: Sequence[Table], device: torch.device | str) -> FewShot:
-    """The episodes of meta-training."""
-    task = config.task
-    return FewShot(
-        tables,
-        [source.weight for source in config.data.sources],
-        "train",
-        seed=config.seed,
-        ways=task.ways,
-        shots=task.shots,
-        queries=task.queries,
-        within_group=task.within_group,
-        rotate=task.rotate,
-        dtype=getattr(torch, config.engine.dtype),
-        device=device,
-    )
-
-
-def evaluation_tasks(config: Config, tables: Sequence[Table], split: str, device: torch.device | str) -> FewShot:
-    """The episodes of a validation or meta-test; what `eval` leaves open is the task's."""
-    task, judged = config.task, config.eval
-    return FewShot(
-        tables,
-        [source.weight for source in config.data.sources],
-        split,
-        seed=config.seed,
-        ways=judged.ways or task.ways,
-        shots=judged.shots or task.shots,
-        queries=judged.queries or task.queries,
-        within_group=task.within_group,
-        dtype=getattr(torch, config.engine.dtype),
-        device=device,
-        keys="eval" if (judged.ways or judged.shots or judged.queries) else "task",
-    )

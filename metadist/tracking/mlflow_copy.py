@@ -257,11 +257,8 @@ class _Copy:
         from mlflow.entities import Metric, RunTag
 
         test, untrained = result.get("test") or {}, result.get("untrained") or {}
-        values = {
-            "test_accuracy": test.get("accuracy"),
-            "test_ci95": test.get("ci95"),
-            "untrained_accuracy": untrained.get("accuracy"),
-        }
+        values = {f"test_{key}": test.get(key) for key in ("accuracy", "mse", "ci95")}
+        values |= {f"untrained_{key}": untrained.get(key) for key in ("accuracy", "mse")}
         metrics = [
             Metric(key, float(value), written, meta_steps, model_id=self.state.model_id, run_id=run_id)
             for key, value in values.items()

@@ -13,6 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from metadist.measure import ACCURACY, Measure
+
 LINE_EVERY = 10.0
 Clock = Callable[[], float]
 
@@ -29,11 +31,11 @@ class Progress(Protocol):
     def start(self, step: int) -> None:
         """Training begins after meta-step `step`: 0, or where a resumed run goes on."""
 
-    def step(self, step: int, loss: float, accuracy: float, tasks_per_second: float, workers: int) -> None:
+    def step(self, step: int, loss: float, score: float, tasks_per_second: float, workers: int) -> None:
         """Meta-step `step` is done."""
 
-    def validation(self, step: int, accuracy: float, ci95: float, best: bool) -> None:
-        """The state after `step` has this accuracy on meta-validation."""
+    def validation(self, step: int, score: float, ci95: float, best: bool) -> None:
+        """The state after `step` has this score on meta-validation."""
 
     def note(self, line: str) -> None:
         """Something a person should know, such as a worker that died and was replaced."""
@@ -42,10 +44,16 @@ class Progress(Protocol):
         """Training is over; what stands is final."""
 
 
-def progress(total_steps: int, workers: int, console: Console | None = None, clock: Clock = time.monotonic) -> Progress:
+def progress(
+    total_steps: int,
+    workers: int,
+    measure: Measure = ACCURACY,
+    console: Console | None = None,
+    clock: Clock = time.monotonic,
+) -> Progress:
     """The display that fits the console."""
     console = console or Console()
-    state = State(total_steps, workers, clock)
+    state = State(total_steps, workers, clock, measure)
     if console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter:
         return LiveProgress(state, console)
     return PlainProgress(state, console)
@@ -77,9 +85,10 @@ class State:
     total: int
     workers: int
     clock: Clock
+    measure: Measure = ACCURACY
     step: int = 0
     loss: float | None = None
-    accuracy: float | None = None
+    score: float | None = None
     val: tuple[int, float, float, bool] | None = None
     best: float | None = None
     began: float | None = None
@@ -91,19 +100,19 @@ class State:
         self.step = step
         self.began = self.last = self.clock()
 
-    def advance(self, step: int, loss: float, accuracy: float, tasks_per_second: float, workers: int) -> None:
+    def advance(self, step: int, loss: float, score: float, tasks_per_second: float, workers: int) -> None:
         if self.began is None:
             self.start(step - 1)
         now = self.clock()
         seconds = max(now - self.last, 1e-9)
         self.steps.add(step - self.step, seconds)
         self.tasks.add(tasks_per_second * seconds, seconds)
-        self.step, self.loss, self.accuracy, self.workers, self.last = step, loss, accuracy, workers, now
+        self.step, self.loss, self.score, self.workers, self.last = step, loss, score, workers, now
 
-    def validated(self, step: int, accuracy: float, ci95: float, best: bool) -> None:
-        self.val = (step, accuracy, ci95, best)
+    def validated(self, step: int, score: float, ci95: float, best: bool) -> None:
+        self.val = (step, score, ci95, best)
         if best:
-            self.best = accuracy
+            self.best = score
 
     @property
     def elapsed(self) -> float:
@@ -119,16 +128,16 @@ class State:
         return f"{self.step:,}/{self.total:,}"
 
     def training(self) -> str:
-        if self.loss is None or self.accuracy is None:
+        if self.loss is None or self.score is None:
             return "waiting for the first meta-step"
-        return f"loss {self.loss:.4g}  accuracy {percent(self.accuracy)}"
+        return f"loss {self.loss:.4g}  {self.measure.name} {self.measure.show(self.score)}"
 
     def validation(self) -> str:
         if self.val is None:
             return ""
-        step, accuracy, ci95, best = self.val
-        rank = "  best so far" if best else f"  best {percent(self.best)}" if self.best is not None else ""
-        return f"validation {percent(accuracy)} ± {percent(ci95)} at {step:,}{rank}"
+        step, score, ci95, best = self.val
+        rank = "  best so far" if best else f"  best {self.measure.show(self.best)}" if self.best is not None else ""
+        return f"validation {self.measure.interval(score, ci95)} at {step:,}{rank}"
 
     def pace(self) -> str:
         noun = "worker" if self.workers == 1 else "workers"
@@ -159,11 +168,11 @@ class LiveProgress:
     def start(self, step: int) -> None:
         self._state.start(step)
 
-    def step(self, step: int, loss: float, accuracy: float, tasks_per_second: float, workers: int) -> None:
-        self._state.advance(step, loss, accuracy, tasks_per_second, workers)
+    def step(self, step: int, loss: float, score: float, tasks_per_second: float, workers: int) -> None:
+        self._state.advance(step, loss, score, tasks_per_second, workers)
 
-    def validation(self, step: int, accuracy: float, ci95: float, best: bool) -> None:
-        self._state.validated(step, accuracy, ci95, best)
+    def validation(self, step: int, score: float, ci95: float, best: bool) -> None:
+        self._state.validated(step, score, ci95, best)
 
     def note(self, line: str) -> None:
         self._live.console.print(Text(line, style="yellow"))
@@ -212,13 +221,13 @@ class PlainProgress:
         self._written = self._state.clock()
         self._print(f"meta-step {self._state.count()}  training begins")
 
-    def step(self, step: int, loss: float, accuracy: float, tasks_per_second: float, workers: int) -> None:
-        self._state.advance(step, loss, accuracy, tasks_per_second, workers)
+    def step(self, step: int, loss: float, score: float, tasks_per_second: float, workers: int) -> None:
+        self._state.advance(step, loss, score, tasks_per_second, workers)
         if self._state.last - self._written >= LINE_EVERY:
             self._print_step()
 
-    def validation(self, step: int, accuracy: float, ci95: float, best: bool) -> None:
-        self._state.validated(step, accuracy, ci95, best)
+    def validation(self, step: int, score: float, ci95: float, best: bool) -> None:
+        self._state.validated(step, score, ci95, best)
         self._print_step(self._state.validation())
 
     def note(self, line: str) -> None:
@@ -243,11 +252,6 @@ class PlainProgress:
             print(line.encode(encoding, "replace").decode(encoding), file=self._file, flush=True)
         except OSError:  # the reader of the pipe is gone, or the disk of the log file is full: no reason to stop
             self._silent = True
-
-
-def percent(fraction: float | None) -> str:
-    """A fraction as a person reads it."""
-    return "–" if fraction is None else f"{100 * fraction:.1f} %"
 
 
 def duration(seconds: float) -> str:

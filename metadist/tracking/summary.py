@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from metadist.measure import ACCURACY, MSE, Measure
 from metadist.tracking.progress import duration
 
 
@@ -36,8 +37,8 @@ def _tests(result: Mapping[str, Any]) -> Table | None:
         return None
     table = Table(title="meta-test", title_justify="left", title_style="bold")
     table.add_column("")
-    for name in ("accuracy", "task", "queries", "normalisation", "episodes"):
-        table.add_column(name, justify="right" if name in ("accuracy", "queries", "episodes") else "left")
+    for name in (_measure(test).name, "task", "queries", "normalisation", "episodes"):
+        table.add_column(name, justify="left" if name in ("task", "normalisation") else "right")
     untrained = result.get("untrained")
     if untrained:
         table.add_row("untrained", *_row({**test, **untrained}), style="dim")
@@ -50,7 +51,7 @@ def _tests(result: Mapping[str, Any]) -> Table | None:
 def _row(test: Mapping[str, Any]) -> list[str]:
     return [
         _interval(test),
-        f"{test['ways']}-way {test['shots']}-shot",
+        f"{test['ways']}-way {test['shots']}-shot" if "accuracy" in test else f"{test['shots']}-shot regression",
         str(test["queries"]),
         "transductive" if test["transductive"] else "not transductive",
         f"{test['episodes']:,}",
@@ -76,6 +77,10 @@ def _facts(result: Mapping[str, Any], run_dir: Path) -> list[tuple[str, str]]:
     return facts
 
 
+def _measure(measured: Mapping[str, Any]) -> Measure:
+    return ACCURACY if "accuracy" in measured else MSE
+
+
 def _interval(measured: Mapping[str, Any]) -> str:
-    accuracy, ci95 = measured["accuracy"], measured.get("ci95")
-    return f"{100 * accuracy:.2f} %" if ci95 is None else f"{100 * accuracy:.2f} ± {100 * ci95:.2f} %"
+    measure = _measure(measured)
+    return measure.interval(measured[measure.name], measured.get("ci95"), digits=2)

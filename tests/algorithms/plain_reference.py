@@ -57,12 +57,13 @@ def episodes_of(config: Config, image: tuple[int, int, int], tasks: int = 2, see
         x = torch.rand(tasks, ways * each, *image, generator=generator, dtype=torch.float64)
         return Examples(x, torch.arange(ways).repeat(each).expand(tasks, -1))
 
-    return Episode(examples(config.task.shots), examples(config.task.queries))
+    classes = torch.arange(ways).expand(tasks, -1)
+    return Episode(examples(config.task.shots), examples(config.task.queries), classes, torch.arange(tasks))
 
 
 def one_of(episodes: Episode, task: int) -> Episode:
-    (sx, sy), (qx, qy) = episodes
-    return Episode(Examples(sx[task], sy[task]), Examples(qx[task], qy[task]))
+    (sx, sy), (qx, qy), classes, family = episodes
+    return Episode(Examples(sx[task], sy[task]), Examples(qx[task], qy[task]), classes[task], family[task])
 
 
 def method(config: Config, image: tuple[int, int, int]) -> Algorithm:
@@ -203,6 +204,6 @@ def sums(config: Config, theta: Named, episodes: Episode, how: str = "together")
         one = {f"gradient.{n}": g for n, g in zip(leaves, gradient, strict=True)}
         if config.model.statistics == "running":
             one |= {f"statistics.{n}": s for n, s in statistics.items()}
-        one |= {"metric.loss": loss.detach(), "metric.accuracy": right}
+        one |= {"metric.loss": loss.detach(), "metric.score": right}
         total = {n: total[n] + v if total else v for n, v in one.items()}
     return total

@@ -6,6 +6,7 @@ from plain_reference import config_of, episodes_of, method, one_of, parameters
 
 from metadist.algorithms.algorithm import Normalisation
 from metadist.algorithms.maml import MAML
+from metadist.algorithms.objective import Objective
 from metadist.engine.shard import loop, vectorised
 from metadist.tasks.episode import Episode, Examples
 
@@ -46,7 +47,8 @@ def test_closed_form_on_a_quadratic_task(steps, order, weight, engine):
     qx = torch.randn(TASKS, QUERIES, SIZE, 1, 1, generator=generator, dtype=torch.float64)
     sy = torch.randn(TASKS, SUPPORT, generator=generator, dtype=torch.float64)
     qy = torch.randn(TASKS, QUERIES, generator=generator, dtype=torch.float64)
-    algorithm = MAML(Normalisation(LinearRegression(), "together"), RATE, steps, order, weight, loss=half_mean_square)
+    objective = Objective(half_mean_square, half_mean_square)
+    algorithm = MAML(Normalisation(LinearRegression(), "together"), RATE, steps, order, weight, objective)
     theta, _ = algorithm.init(generator)
     w = theta["head.weight"]
 
@@ -63,7 +65,8 @@ def test_closed_form_on_a_quadratic_task(steps, order, weight, engine):
         loss += half_mean_square(qx[task].flatten(1) @ phi, qy[task])
         loss += weight * half_mean_square(sx[task].flatten(1) @ w, sy[task])
 
-    episodes = Episode(Examples(sx, sy), Examples(qx, qy))
+    none = torch.zeros(TASKS, dtype=torch.int64)
+    episodes = Episode(Examples(sx, sy), Examples(qx, qy), none[:, None], none)
     found = engine(algorithm, theta, {}, episodes, 1, 0)
     assert (found["gradient.head.weight"] - expected).norm() < 1e-12 * expected.norm()
     assert found["metric.loss"] == pytest.approx(float(loss), rel=1e-12)

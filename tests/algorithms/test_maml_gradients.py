@@ -72,7 +72,7 @@ def test_first_order_is_maml_with_constant_inner_gradients(model):
     image, config = IMAGES[model], maml(model, order=1, steps=3)
     theta, state = parameters(config, image)
     episodes = episodes_of(config, image, tasks=1)
-    support, query = one_of(episodes, 0)
+    support, query, *_ = one_of(episodes, 0)
     phi = {name: value.clone() for name, value in theta.items()}
     for _ in range(3):
         at = {name: value.clone().requires_grad_() for name, value in phi.items()}

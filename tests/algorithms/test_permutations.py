@@ -45,7 +45,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "model", "statistics"), CASES)
 def test_a_query_is_answered_whichever_queries_stand_beside_it(name, model, statistics):
-    algorithm, theta, state, (support, query) = prepared(name, model, statistics)
+    algorithm, theta, state, (support, query, *_) = prepared(name, model, statistics)
     predict = algorithm.adapt(theta, state, support, WAYS)
     together = predict(query.x)
     order = torch.randperm(len(query.y), generator=torch.Generator().manual_seed(5))
@@ -60,7 +60,7 @@ def test_a_query_is_answered_whichever_queries_stand_beside_it(name, model, stat
 @pytest.mark.parametrize("name", list(METHODS))
 def test_a_transductive_answer_depends_on_the_other_queries(name, model):
     """The other test could fail."""
-    algorithm, theta, state, (support, query) = prepared(name, model, "transductive")
+    algorithm, theta, state, (support, query, *_) = prepared(name, model, "transductive")
     predict = algorithm.adapt(theta, state, support, WAYS)
     together = predict(query.x)
     order = torch.randperm(len(query.y), generator=torch.Generator().manual_seed(5))
@@ -74,7 +74,7 @@ def test_a_transductive_answer_depends_on_the_other_queries(name, model):
     + [(name, model, "transductive") for name in METHODS for model in ("stride2", "mlp")],
 )
 def test_renaming_the_classes_renames_the_predictions(name, model, statistics):
-    algorithm, theta, state, (support, query) = prepared(name, model, statistics)
+    algorithm, theta, state, (support, query, *_) = prepared(name, model, statistics)
     before = algorithm.adapt(theta, state, support, WAYS)(query.x)
     new = torch.tensor([2, 0, 3, 1])  # class k is now called new[k]
     renamed = dict(theta)
@@ -89,7 +89,7 @@ def test_renaming_the_classes_renames_the_predictions(name, model, statistics):
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_the_order_of_the_support_set_does_not_matter(name):
-    algorithm, theta, state, (support, query) = prepared(name, "stride2", "support")
+    algorithm, theta, state, (support, query, *_) = prepared(name, "stride2", "support")
     before = algorithm.adapt(theta, state, support, WAYS)(query.x)
     order = torch.randperm(len(support.y), generator=torch.Generator().manual_seed(5))
     after = algorithm.adapt(theta, state, Examples(support.x[order], support.y[order]), WAYS)(query.x)
@@ -98,7 +98,7 @@ def test_the_order_of_the_support_set_does_not_matter(name):
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_adapting_needs_no_gradient_mode(name):
-    algorithm, theta, state, (support, query) = prepared(name, "stride2", "transductive")
+    algorithm, theta, state, (support, query, *_) = prepared(name, "stride2", "transductive")
     with torch.no_grad():
         quiet = algorithm.adapt(theta, state, support, WAYS)(query.x)
     assert torch.equal(quiet, algorithm.adapt(theta, state, support, WAYS)(query.x))

@@ -57,7 +57,7 @@ def test_fine_tuning_is_gradient_descent_from_the_prototype_head(transductive, d
     )  # fmt: skip
     image = IMAGES["stride2"]
     theta, state = parameters(config, image)
-    support, query = one_of(episodes_of(config, image), 0)
+    support, query, *_ = one_of(episodes_of(config, image), 0)
 
     def logits_of(embedding, head, x, given=None):
         features, seen = network(config.model, embedding, x, given)

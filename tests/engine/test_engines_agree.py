@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from metadist.algorithms import for_evaluation, for_training
+from metadist.algorithms.objective import CLASSIFICATION
 from metadist.config import validate
 from metadist.engine.engine import Blueprint
 from metadist.engine.shard import judge_loop, judge_vectorised, loop, vectorised
@@ -50,12 +51,14 @@ def agree(algorithm, model=None, task=None, evaluation=None, tasks=2, image=(1, 
         x = torch.rand(tasks, ways * each, *image, generator=generator, dtype=torch.float64)
         return Examples(x, torch.arange(ways).repeat(each).expand(tasks, -1))
 
-    episodes = Episode(examples(config.task.shots), examples(config.task.queries))
+    classes = torch.arange(ways).expand(tasks, -1)
+    episodes = Episode(examples(config.task.shots), examples(config.task.queries), classes, torch.arange(tasks))
     one, all_at_once = (f(for_training(config, image), theta, state, episodes, ways, 0) for f in (loop, vectorised))
     assert list(one) == list(all_at_once)
     assert set(one) == set(blueprint.sums.names)
     errors = [compare(one, all_at_once)]
-    judged = (f(for_evaluation(config, image), theta, state, episodes, ways) for f in (judge_loop, judge_vectorised))
+    learner = for_evaluation(config, image)
+    judged = (f(learner, CLASSIFICATION, theta, state, episodes, ways) for f in (judge_loop, judge_vectorised))
     errors.append(compare(*judged))
     return max(errors)
 

@@ -47,20 +47,20 @@ def config_of(**sections):
 
 def test_score_by_hand():
     found = score(np.array([1.0, 0.8, 0.6, 0.8]))
-    assert found.accuracy == pytest.approx(0.8)
+    assert found.mean == pytest.approx(0.8)
     assert found.ci95 == pytest.approx(1.96 * math.sqrt(0.08 / 3) / 2)  # N − 1
 
 
 def test_score_against_the_standard_library():
     values = np.random.default_rng(0).random(237)
     found = score(values)
-    assert found.accuracy == pytest.approx(statistics.fmean(values), rel=1e-14)
+    assert found.mean == pytest.approx(statistics.fmean(values), rel=1e-14)
     assert found.ci95 == pytest.approx(1.96 * statistics.stdev(values) / math.sqrt(237), rel=1e-12)
 
 
 def test_score_of_equal_and_of_single_episodes():
     assert score(np.full(5, 0.5)) == (0.5, 0.0)
-    assert score(np.array([0.5])).accuracy == 0.5
+    assert score(np.array([0.5])).mean == 0.5
     assert math.isnan(score(np.array([0.5])).ci95)
 
 
@@ -68,7 +68,7 @@ def test_the_interval_covers():
     """19 of 20 intervals hold the mean: of 2000, within 5 σ of 1900."""
     rng = np.random.default_rng(0)
     found = [score(rng.binomial(15, 0.8, 200) / 15) for _ in range(2000)]
-    assert abs(sum(abs(s.accuracy - 0.8) <= s.ci95 for s in found) - 1900) < 5 * 10
+    assert abs(sum(abs(s.mean - 0.8) <= s.ci95 for s in found) - 1900) < 5 * 10
 
 
 # --- settings ------------------------------------------------------------------
@@ -114,13 +114,14 @@ def test_a_meta_test_is_a_score_and_what_it_is_of():
     class Judge:
         def judge(self, values, judged, split, episodes):
             asked.append((values, judged, split, episodes))
-            return {"accuracy": np.linspace(0, 1, episodes), "loss": np.zeros(episodes)}
+            return {"score": np.linspace(0, 1, episodes), "loss": np.zeros(episodes)}
 
     config = config_of(eval={"episodes": 11})
     found = meta_test(Judge(), config, None)
     assert asked == [(None, config, "test", 11)]
     assert found["accuracy"] == pytest.approx(0.5)
-    assert found == {**score(np.linspace(0, 1, 11))._asdict(), **described(config)}
+    expected = score(np.linspace(0, 1, 11))
+    assert found == {"accuracy": expected.mean, "ci95": expected.ci95, **described(config)}
 
 
 # --- which method is judged ----------------------------------------------------
@@ -182,8 +183,8 @@ class TestEngineJudges:
         values = engine.blueprint.initial()
         whole = engine.judge(values, config, "test", 4, 4)
         part = engine.judge(values, config, "test", 4, 3)
-        assert whole["accuracy"].dtype == np.float64
-        assert all(np.array_equal(part[name], whole[name][:3]) for name in ("accuracy", "loss"))
+        assert whole["score"].dtype == np.float64
+        assert all(np.array_equal(part[name], whole[name][:3]) for name in ("score", "loss"))
         shifted = engine.judge(values, config, "test", 6, 2)
         assert np.allclose(shifted["loss"], whole["loss"][2:], rtol=1e-12)
 

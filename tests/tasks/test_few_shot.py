@@ -8,7 +8,8 @@ import torch
 from metadist.config import Config
 from metadist.data.table import Split, Table
 from metadist.errors import DataError
-from metadist.tasks.few_shot import FewShot, evaluation_tasks, training_tasks
+from metadist.tasks.few_shot import FewShot
+from metadist.tasks.samplers import evaluation_tasks, training_tasks
 
 WORD = (1 << 64) - 1
 TRAIN = [("greek", [6, 8, 7]), ("latin", [9, 6]), ("runic", [6, 6, 10, 6])]
@@ -158,7 +159,7 @@ def test_classes_and_examples_are_distinct_and_belong_together(split):
 def test_the_layout_of_an_episode():
     sampler = few_shot(dtype=torch.float64)
     _, rows = sampler.indices(2, 0, 6)
-    support, query = sampler.sample(2, 0, 6)
+    support, query, *_ = sampler.sample(2, 0, 6)
     assert support.x.shape == (6, 6, 1, 4, 3)
     assert query.x.shape == (6, 9, 1, 4, 3)
     assert support.x.dtype == torch.float64
@@ -220,7 +221,7 @@ def test_a_mixture_respects_its_weights():
     second = classes >= 9
     assert (second.all(1) | ~second.any(1)).all()  # an episode comes from one data set
     assert abs(int(second[:, 0].sum()) - 3000) < 5 * 28
-    support, query = sampler.sample(0, 0, 4000)
+    support, query, *_ = sampler.sample(0, 0, 4000)
     of_two = ((support.x * 255).round() == 200).flatten(1).all(1) & ((query.x * 255).round() == 200).flatten(1).all(1)
     assert torch.equal(of_two, second[:, 0])
 

@@ -230,6 +230,10 @@ class StandInAdapter:
         distance = ((query_images[:, None].astype(float) - support_images[None]) ** 2).sum(axis=(2, 3, 4))
         return np.eye(5, dtype=np.float32)[support_labels[distance.argmin(axis=1)]]
 
+    def regress(self, support_x: np.ndarray, support_y: np.ndarray, query_x: np.ndarray) -> np.ndarray:
+        assert support_x.dtype == support_y.dtype == query_x.dtype == np.float64
+        return support_y[np.abs(query_x - support_x.T).argmin(axis=1)]
+
 
 @pytest.mark.usefixtures("import_path")
 @pytest.mark.parametrize("lists", [False, True])
@@ -252,3 +256,8 @@ def test_the_logged_model_adapts_to_a_support_set(run: Any, monkeypatch: pytest.
     episode = {"support_images": images, "support_labels": np.arange(5), "query_images": images[[3, 1, 4]]}
     probabilities = loaded.predict({key: value.tolist() for key, value in episode.items()} if lists else episode)
     assert probabilities.argmax(axis=1).tolist() == [3, 1, 4]
+    points = {"support_x": np.array([[0.0], [1.0]]), "support_y": np.array([[7.0], [8.5]]), "query_x": np.ones((1, 1))}
+    numbers = loaded.predict({key: value.tolist() for key, value in points.items()} if lists else points)
+    assert numbers.tolist() == [[8.5]]
+    with pytest.raises(ValueError, match="no support_y"):
+        loaded.predict({"support_x": points["support_x"]})

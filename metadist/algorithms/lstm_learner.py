@@ -1,0 +1,111 @@
+"""Optimization as a model for few-shot learning (Ravi & Larochelle 2017): the LSTM meta-learner.
+
+Gradient descent is the update of an LSTM's cell state with fixed gates (§3.1). Here the cell state
+is the network's parameters φ, its gates are learned, and so is where it starts, φ_0 = θ:
+
+    φ_k = f_k ⊙ φ_{k−1} − r i_k ⊙ ∇L_S(φ_{k−1})
+    i_k = σ(w_I · [h_k, φ_{k−1}, i_{k−1}] + b_I),   f_k = σ(w_F · [h_k, φ_{k−1}, f_{k−1}] + b_F)
+    h_k = LSTM(h_{k−1}, [preprocessed(∇L_S(φ_{k−1})), preprocessed(L_S(φ_{k−1}))])
+
+for every coordinate, with one set of weights shared by all of them (§3.2); i_0 = 0, f_0 = 1. The
+meta-objective is L_Q(φ_K), and as in the paper gradients and losses of the inner loop are constants
+to it (§3.3). r (`largest_lr`) is 1 in the paper; b_I is set so that a fresh input gate gives the
+rate `inner_lr`, b_F so that a fresh forget gate is σ(5) = 0.993 (the paper's code draws b_I from
+[−5, −4] and b_F from [4, 6]).
+
+Batch norms: the paper normalises each set by itself in meta-training, and at test the queries by
+statistics of the support set, kept for that task only. Here that is `transductive: true` in
+training and `eval.transductive: false` with `model.statistics: support`, whose statistics are those
+under the adapted parameters where the paper's are averages over the inner loop.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
+from metadist.algorithms.context import Context
+from metadist.algorithms.coordinates import flatten, preprocessed, unflatten
+from metadist.algorithms.objective import CLASSIFICATION, Objective
+from metadist.methods.learned import LstmLearner
+from metadist.models.lstm import blank, init_lstm, lstm
+from metadist.models.network import Params
+from metadist.tasks.episode import Episode, Examples
+
+PREFIX = "lstm."
+"""Of the names in θ that are the meta-learner's and not the network's."""
+
+FRESH_FORGET_BIAS = 5.0
+GATE_WEIGHTS = 0.01
+"""Gates begin with weights uniform in ± this, so that a fresh meta-learner is gradient descent."""
+
+
+@dataclass(frozen=True)
+class LSTMLearner:
+    """inner_lr: rate of a fresh meta-learner; inner_steps: K; hidden: size of h; largest_lr: r."""
+
+    normalisation: Normalisation
+    inner_lr: float
+    inner_steps: int
+    hidden: int = 20
+    largest_lr: float = 1.0
+    objective: Objective = CLASSIFICATION
+
+    def init(self, generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        theta = self.normalisation.network.init(generator) | init_lstm(f"{PREFIX}1", generator, 4, self.hidden)
+        share = self.inner_lr / self.largest_lr
+        for gate, bias in (("input", math.log(share / (1 - share))), ("forget", FRESH_FORGET_BIAS)):
+            weight = torch.empty(self.hidden + 2).uniform_(-GATE_WEIGHTS, GATE_WEIGHTS, generator=generator)
+            theta |= {f"{PREFIX}{gate}.weight": weight, f"{PREFIX}{gate}.bias": torch.full((1,), bias)}
+        return theta, self.normalisation.initial_state()
+
+    def inner_loop(self, theta: Theta, support: Examples) -> Params:
+        """φ_K."""
+        start = {name: value for name, value in theta.items() if not name.startswith(PREFIX)}
+        fast = flatten(start)
+        write, keep = torch.zeros_like(fast), torch.ones_like(fast)
+        memory = blank(f"{PREFIX}1", theta, fast[:, None])
+        for _ in range(self.inner_steps):
+            at = unflatten(fast.detach(), start)
+            gradient, loss = torch.func.grad_and_value(self._support_loss)(at, support)
+            slope = flatten(gradient)
+            seen = torch.cat([preprocessed(slope), preprocessed(loss.detach()).expand(*slope.shape, 2)], -1)
+            memory = lstm(f"{PREFIX}1", theta, seen, memory)
+            write = self._gate("input", theta, memory.hidden, fast, write)
+            keep = self._gate("forget", theta, memory.hidden, fast, keep)
+            fast = keep * fast - self.largest_lr * write * slope
+        return unflatten(fast, start)
+
+    def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
+        return self.normalisation.predictor(self.inner_loop(theta, support), state, support)
+
+    def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
+        query = episode.query
+        fast = self.inner_loop(theta, episode.support)
+        given = self.normalisation.given(fast, state, episode.support)
+        outputs, statistics = self.normalisation.network(fast, query.x, given)
+        seen = {name: statistics[name].detach() for name in state}
+        return Outcome(self.objective.loss(outputs, query.y), self.objective.score(outputs, query.y), seen)
+
+    def _gate(self, gate: str, theta: Theta, hidden: Tensor, fast: Tensor, before: Tensor) -> Tensor:
+        """hidden: [coordinates, hidden]; fast, before: [coordinates]; the gate, [coordinates] in (0, 1)."""
+        weight = theta[f"{PREFIX}{gate}.weight"]
+        total = hidden @ weight[:-2] + fast * weight[-2] + before * weight[-1]
+        return torch.sigmoid(total + theta[f"{PREFIX}{gate}.bias"])
+
+    def _support_loss(self, params: Params, support: Examples) -> Tensor:
+        return self.objective.loss(self.normalisation.network(params, support.x)[0], support.y)
+
+
+def build(method: LstmLearner, context: Context) -> LSTMLearner:
+    """Of a config."""
+    return LSTMLearner(
+        context.normalisation,
+        method.inner_lr,
+        method.inner_steps,
+        method.hidden,
+        method.largest_lr,
+        context.objective,
+    )

@@ -1,0 +1,110 @@
+"""Learning to learn by gradient descent by gradient descent (Andrychowicz et al. 2016).
+
+For every coordinate of the network's parameters φ, with one recurrent network shared by all of
+them, from φ_0 = θ and a blank memory (§2.1, appendix A):
+
+    g_k = ∇L_S(φ_{k−1}),   h_k = LSTM(h_{k−1}, preprocessed(g_k)),   φ_k = φ_{k−1} − α out(h_k)
+
+Meta-objective: L_Q(φ_K) + w Σ_k L_S(φ_k), k = 1 … K; the second sum alone is the paper's (eq. 3),
+which trains an optimizer and asks nothing of other examples. As in the paper, ∂g_k/∂(everything)
+is dropped: no second derivatives of the network. The paper draws θ at random for every run of the
+optimizer; here it is learned along with the optimizer (`start: learned`), or stays the run's one
+random initialisation (`start: fixed`).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
+from metadist.algorithms.context import Context
+from metadist.algorithms.coordinates import flatten, preprocessed, unflatten
+from metadist.algorithms.objective import CLASSIFICATION, Objective
+from metadist.errors import ConfigError
+from metadist.methods.learned import LstmOptimizer
+from metadist.models.layers import init_linear, linear
+from metadist.models.lstm import blank, init_lstm, lstm
+from metadist.models.network import Params
+from metadist.tasks.episode import Episode, Examples
+
+PREFIX = "lstm."
+"""Of the names in θ that are the optimizer's and not the network's."""
+
+
+@dataclass(frozen=True)
+class LSTMOptimizer:
+    """inner_lr: α; inner_steps: K; hidden, layers: of the LSTM; learned_start: whether θ moves; trajectory: w."""
+
+    normalisation: Normalisation
+    inner_lr: float
+    inner_steps: int
+    hidden: int = 20
+    layers: int = 2
+    learned_start: bool = True
+    trajectory: float = 0.0
+    objective: Objective = CLASSIFICATION
+
+    def init(self, generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        theta = self.normalisation.network.init(generator)
+        inputs = 2
+        for name in self._cells():
+            theta |= init_lstm(name, generator, inputs, self.hidden)
+            inputs = self.hidden
+        return theta | init_linear("lstm.out", generator, inputs, 1), self.normalisation.initial_state()
+
+    def inner_loop(self, theta: Theta, support: Examples) -> list[Params]:
+        """φ_0 … φ_K."""
+        start = {name: value for name, value in theta.items() if not name.startswith(PREFIX)}
+        if not self.learned_start:
+            start = {name: value.detach() for name, value in start.items()}
+        path: list[Params] = [start]
+        fast = flatten(start)
+        seen = fast[:, None]
+        memories = {name: blank(name, theta, seen) for name in self._cells()}
+        for _ in range(self.inner_steps):
+            at = {name: value.detach() for name, value in path[-1].items()}
+            signal = preprocessed(flatten(torch.func.grad(self._support_loss)(at, support)))
+            for name in self._cells():
+                memories[name] = lstm(name, theta, signal, memories[name])
+                signal = memories[name].hidden
+            fast = fast - self.inner_lr * linear("lstm.out", theta, signal)[:, 0]
+            path.append(unflatten(fast, start))
+        return path
+
+    def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
+        return self.normalisation.predictor(self.inner_loop(theta, support)[-1], state, support)
+
+    def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
+        support, query = episode.support, episode.query
+        path = self.inner_loop(theta, support)
+        given = self.normalisation.given(path[-1], state, support)
+        outputs, statistics = self.normalisation.network(path[-1], query.x, given)
+        loss = self.objective.loss(outputs, query.y)
+        if self.trajectory:
+            for fast in path[1:]:
+                loss = loss + self.trajectory * self._support_loss(fast, support)
+        seen = {name: statistics[name].detach() for name in state}
+        return Outcome(loss, self.objective.score(outputs, query.y), seen)
+
+    def _cells(self) -> list[str]:
+        return [f"{PREFIX}{number}" for number in range(1, self.layers + 1)]
+
+    def _support_loss(self, params: Params, support: Examples) -> Tensor:
+        return self.objective.loss(self.normalisation.network(params, support.x)[0], support.y)
+
+
+def build(method: LstmOptimizer, context: Context) -> LSTMOptimizer:
+    """Of a config."""
+    if method.start == "fixed" and context.config.outer.weight_decay:
+        raise ConfigError("outer.weight_decay: would shrink the initialisation that algorithm.start=fixed keeps")
+    return LSTMOptimizer(
+        context.normalisation,
+        method.inner_lr,
+        method.inner_steps,
+        method.hidden,
+        method.layers,
+        method.start == "learned",
+        method.trajectory,
+        context.objective,
+    )

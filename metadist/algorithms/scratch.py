@@ -1,0 +1,81 @@
+"""The same network trained from scratch on each support set: no meta-training at all.
+
+θ stays as it was initialised: its meta-gradient is zero. φ is θ after K full-batch steps of
+gradient descent, φ ← φ − α g, or of Adam (Kingma & Ba 2015) on the support loss:
+
+    m ← β1 m + (1 − β1) g,  v ← β2 v + (1 − β2) g²,  φ ← φ − α m̂ / (√v̂ + ε)
+
+with m̂ = m / (1 − β1^k) and v̂ = v / (1 − β2^k) in step k.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
+from metadist.algorithms.context import Context
+from metadist.algorithms.objective import CLASSIFICATION, Objective
+from metadist.errors import ConfigError
+from metadist.methods.baseline import Scratch as Keys
+from metadist.models.network import Params
+from metadist.tasks.episode import Episode, Examples
+
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """inner_lr: α; inner_steps: K; inner_optimizer: `sgd` or `adam`."""
+
+    normalisation: Normalisation
+    inner_lr: float
+    inner_steps: int
+    inner_optimizer: str = "adam"
+    objective: Objective = CLASSIFICATION
+
+    def init(self, generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self.normalisation.network.init(generator), {}
+
+    def inner_loop(self, theta: Theta, support: Examples) -> Params:
+        """φ."""
+        fast: Params = {name: value.detach() for name, value in theta.items()}
+        mean = {name: torch.zeros_like(value) for name, value in fast.items()}
+        square = mean
+        for k in range(1, self.inner_steps + 1):
+            gradient = torch.func.grad(self._loss)(fast, support)
+            if self.inner_optimizer == "adam":
+                mean = {n: BETA_1 * m + (1 - BETA_1) * gradient[n] for n, m in mean.items()}
+                square = {n: BETA_2 * v + (1 - BETA_2) * gradient[n].square() for n, v in square.items()}
+                of_mean, of_square = 1 - BETA_1**k, 1 - BETA_2**k
+                gradient = {n: m / of_mean / ((square[n] / of_square).sqrt() + EPSILON) for n, m in mean.items()}
+            fast = {name: value - self.inner_lr * gradient[name] for name, value in fast.items()}
+        return fast
+
+    def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
+        return self.normalisation.predictor(self.inner_loop(theta, support), state, support)
+
+    def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
+        """The queries' loss under φ, for the record; nothing descends it."""
+        outputs, query = self.adapt(theta, state, episode.support, ways)(episode.query.x), episode.query
+        return Outcome(self.objective.loss(outputs, query.y), self.objective.score(outputs, query.y), {})
+
+    def meta_gradient(
+        self, theta: Theta, state: State, episode: Episode, ways: int, step: int
+    ) -> tuple[dict[str, Tensor], Outcome]:
+        nowhere = {name: torch.zeros_like(value) for name, value in theta.items()}
+        return nowhere, self.task_loss(theta, state, episode, ways, step)
+
+    def _loss(self, params: Params, examples: Examples) -> Tensor:
+        return self.objective.loss(self.normalisation.network(params, examples.x)[0], examples.y)
+
+
+def build(method: Keys, context: Context) -> Scratch:
+    """Of a config. Raises ConfigError for what would need, or be, meta-training."""
+    if context.config.outer.weight_decay:
+        raise ConfigError("outer.weight_decay: would move what scratch never trains; valid is 0")
+    if context.normalisation.keep:
+        raise ConfigError("model.statistics: scratch keeps no running statistics; valid is support")
+    return Scratch(
+        context.normalisation, method.inner_lr, method.inner_steps, method.inner_optimizer, context.objective
+    )

@@ -1,0 +1,45 @@
+"""What every method's node of the config tree has."""
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from metadist.tree import Count, Rate, Tree
+
+
+class Algorithm(Tree):
+    """What every method has. The class variables say what it is; `metadist methods` prints them."""
+
+    family: ClassVar[str]
+    paper: ClassVar[str]
+    orders: ClassVar[str]
+    """of differentiation in meta-training"""
+    class_bound: ClassVar[bool]
+    """whether the network ends in a head with a row for each class of the training episodes"""
+    regression: ClassVar[bool] = False
+    """whether it also learns regression tasks"""
+    finetunable: ClassVar[bool] = False
+    """whether `eval.finetune_steps` can adapt it further at test"""
+
+    @classmethod
+    def method_name(cls) -> str:
+        """Its `algorithm.name`."""
+        return str(cls.model_fields["name"].default)
+
+    @classmethod
+    def short_paper(cls) -> str:
+        """The paper with at most two of its authors."""
+        authors, _, last = cls.paper.rpartition(" & ")
+        if "," in authors:
+            return f"{authors.partition(',')[0]} et al. {last.rpartition(' ')[2]}"
+        return cls.paper
+
+
+class InnerLoop(Algorithm):
+    """What every method with gradient steps on the support set has."""
+
+    family = "optimisation-based"
+    class_bound = True
+    regression = True
+    inner_lr: Rate = Field(0.4, description="rate of the inner loop, for a mean loss over the support set")
+    inner_steps: Count = Field(1, description="gradient steps on the support set")

@@ -1,0 +1,1 @@
+"""Published tables run again: our figure beside theirs, with budget and command."""

@@ -1,0 +1,73 @@
+"""A published table: which job stands for which row, and what its paper reports.
+
+A table is a YAML file in `jobs/tables/`. Its `short` overrides cut every row's recipe to a
+budget that two CPU cores can pay; a row may have further ones of its own.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from metadist.config import packaged_jobs, read_yaml
+from metadist.errors import ConfigError
+from metadist.tree import Tree
+
+
+class Published(Tree):
+    """A figure of a paper, in percent for an accuracy. ci95: the half-width it gives, if any."""
+
+    value: float
+    ci95: float | None = None
+    source: str
+    verified: bool = Field(False, description="read in the paper itself or in its repository")
+
+
+class Line(Tree):
+    """One row: a job, what its paper reports, and how its recipe is cut for the short budget."""
+
+    method: str
+    setting: str
+    job: str
+    published: Published | None = None
+    short: tuple[str, ...] = ()
+
+
+class PublishedTable(Tree):
+    """All rows. measure: accuracy in percent, or mse; short: overrides of every row for the short budget."""
+
+    title: str
+    measure: Literal["accuracy", "mse"]
+    short: tuple[str, ...] = ()
+    rows: tuple[Line, ...]
+
+
+def tables() -> dict[str, Path]:
+    """Name → file of the tables that ship with the package."""
+    folder = next(iter(packaged_jobs().values())).parent / "tables"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read_table(name: str) -> PublishedTable:
+    """A table by name. Raises ConfigError."""
+    found = tables()
+    if name not in found:
+        raise ConfigError(f"no table is named {name!r}; valid: {', '.join(found)}")
+    try:
+        return PublishedTable.model_validate(read_yaml(found[name]))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ConfigError(f"{found[name]}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
+
+
+def chosen(table: PublishedTable, methods: str | None) -> Sequence[Line]:
+    """The rows of some methods, or all."""
+    if methods is None:
+        return table.rows
+    known = list(dict.fromkeys(row.method for row in table.rows))
+    wanted = [word.strip() for word in methods.split(",") if word.strip()]
+    for word in wanted:
+        if word not in known:
+            raise ConfigError(f"--methods: the table has no {word!r}; valid: {', '.join(known)}")
+    return [row for row in table.rows if row.method in wanted]

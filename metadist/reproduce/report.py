@@ -1,0 +1,101 @@
+"""The reproduced table as Markdown, Parquet and on a terminal."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from metadist.durable import storage_errors, write
+from metadist.measure import ACCURACY, MSE
+from metadist.reproduce.published import PublishedTable
+from metadist.reproduce.rows import Outcome
+from metadist.tracking.progress import duration
+
+HEADINGS = ("method", "setting", "ours", "published", "difference", "untrained", "normalisation", "budget")
+
+
+def save(folder: Path, table: PublishedTable, budget: str, rows: Sequence[Outcome]) -> list[Path]:
+    """`table.md` and `table.parquet`, replaced in one step each."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "table.md", markdown(table, budget, rows).encode())
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([_record(table, budget, row) for row in rows]), sink)
+    write(folder / "table.parquet", sink.getvalue().to_pybytes())
+    return [folder / "table.md", folder / "table.parquet"]
+
+
+def markdown(table: PublishedTable, budget: str, rows: Sequence[Outcome]) -> str:
+    """The table, and below it the command of every row."""
+    lines = [f"# {table.title}: {budget} budget", "", f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
+    lines += [f"| {' | '.join(_cells(table, row))} |" for row in rows]
+    missed = [row.line.method for row in rows if row.falls_short(table.measure == "accuracy")]
+    if missed and budget == "paper":
+        lines += ["", f"Below the published figure by more than the intervals: {', '.join(missed)}."]
+    unverified = [row.line.method for row in rows if row.line.published and not row.line.published.verified]
+    if unverified:
+        lines += ["", f"Published figures quoted second-hand: {', '.join(unverified)}."]
+    machines = dict.fromkeys(row.hardware for row in rows if row.hardware)
+    lines += ["", f"Hardware: {'; '.join(machines) or '–'}.", "", "```", *(row.command for row in rows), "```", ""]
+    return "\n".join(lines)
+
+
+def show(console: Console, table: PublishedTable, budget: str, rows: Sequence[Outcome]) -> None:
+    """The same for a person at a terminal."""
+    drawn = Table(*HEADINGS, title=f"{table.title}: {budget} budget", title_justify="left", title_style="bold")
+    for row in rows:
+        drawn.add_row(*_cells(table, row))
+    console.print(drawn)
+
+
+def _cells(table: PublishedTable, row: Outcome) -> list[str]:
+    published = row.line.published
+    theirs = "–" if published is None else f"{_figure(table, published.value, published.ci95)} ({published.source})"
+    if row.value is None:
+        return [row.line.method, row.line.setting, f"failed: {row.problem}", theirs, "–", "–", "–", "–"]
+    difference = "–" if row.difference is None else f"{row.difference:+.2f}"
+    return [
+        row.line.method,
+        row.line.setting,
+        _figure(table, row.value, row.ci95),
+        theirs,
+        difference,
+        "–" if row.untrained is None else _figure(table, row.untrained, None),
+        "transductive" if row.transductive else "not transductive",
+        f"{row.steps:,} steps, {duration(row.seconds)}",
+    ]
+
+
+def _figure(table: PublishedTable, value: float, ci95: float | None) -> str:
+    if table.measure == "accuracy":
+        return ACCURACY.interval(value / 100, None if ci95 is None else ci95 / 100, 2)
+    return MSE.interval(value, ci95)
+
+
+def _record(table: PublishedTable, budget: str, row: Outcome) -> dict[str, Any]:
+    published = row.line.published
+    return {
+        "table": table.title,
+        "budget": budget,
+        "method": row.line.method,
+        "setting": row.line.setting,
+        "measure": table.measure,
+        "ours": row.value,
+        "ci95": row.ci95,
+        "untrained": row.untrained,
+        "published": published.value if published else None,
+        "published_ci95": published.ci95 if published else None,
+        "source": published.source if published else None,
+        "difference": row.difference,
+        "transductive": row.transductive,
+        "steps": row.steps,
+        "seconds": row.seconds,
+        "hardware": row.hardware,
+        "command": row.command,
+        "problem": row.problem or None,
+    }

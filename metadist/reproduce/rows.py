@@ -1,0 +1,115 @@
+"""One row of a reproduced table: a `metadist train` of its own process, and what came of it."""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metadist.bench.record import hardware
+from metadist.config import find_job, load, refuse_changed_mathematics, resolve
+from metadist.errors import ConfigError
+from metadist.reproduce.published import Line, PublishedTable
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Our side of a row. value, ci95: in the table's unit; problem: why there is none."""
+
+    line: Line
+    command: str
+    value: float | None = None
+    ci95: float | None = None
+    untrained: float | None = None
+    steps: int = 0
+    seconds: float = 0.0
+    transductive: bool | None = None
+    hardware: str = ""
+    problem: str = ""
+
+    @property
+    def difference(self) -> float | None:
+        """Ours − published."""
+        if self.value is None or self.line.published is None:
+            return None
+        return self.value - self.line.published.value
+
+    def falls_short(self, higher_is_better: bool) -> bool:
+        """Whether ours is worse than the published figure by more than both intervals."""
+        difference, published = self.difference, self.line.published
+        if difference is None or published is None:
+            return False
+        slack = (self.ci95 or 0.0) + (published.ci95 or 0.0)
+        return (-difference if higher_is_better else difference) > slack
+
+
+def overrides_of(table: PublishedTable, line: Line, budget: str, further: Sequence[str]) -> list[str]:
+    """The overrides of a row's job: those of the budget, then the person's."""
+    return [*((*table.short, *line.short) if budget == "short" else []), *further]
+
+
+def check(table: PublishedTable, line: Line, budget: str, further: Sequence[str], folder: Path) -> None:
+    """Refuse, before anything runs, a row that is no valid config, or whose folder holds another one's run."""
+    wanted = resolve(load(line.job, overrides_of(table, line, budget, further)))
+    if not (folder / "config.yaml").is_file():
+        return
+    there = load(folder / "config.yaml")
+    refuse_changed_mathematics(there, wanted)
+    if there.eval != wanted.eval:
+        raise ConfigError(f"{folder}: holds a run with another eval section; name another --out, or remove it")
+
+
+def run_row(
+    table: PublishedTable, line: Line, budget: str, further: Sequence[str], folder: Path, say: Callable[[str], None]
+) -> Outcome:
+    """Train and judge a row in `folder`, or go on with it, or read what is finished there already."""
+    overrides = overrides_of(table, line, budget, further)
+    command = f"metadist train {line.job} {shlex.join(overrides)}".strip()
+    if not (folder / "result.json").is_file():
+        begun = (folder / "config.yaml").is_file()
+        words = ["--resume", str(folder)] if begun else [line.job, *overrides, "--run-dir", str(folder)]
+        say(f"{line.method}, {line.setting}: {'going on' if begun else 'training'} in {folder}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        log = folder.with_suffix(".log")
+        with log.open("a") as file:
+            done = subprocess.run(
+                [sys.executable, "-c", "from metadist.cli import main; main()", "train", *words],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        if done.returncode != 0:
+            lines = [text for text in log.read_text(errors="replace").splitlines() if text.strip()]
+            return Outcome(line, command, problem=(lines or ["no output"])[-1][:200])
+    return _outcome(table, line, command, json.loads((folder / "result.json").read_text()))
+
+
+def _outcome(table: PublishedTable, line: Line, command: str, result: dict[str, Any]) -> Outcome:
+    test, unit = result.get("test"), 100.0 if table.measure == "accuracy" else 1.0
+    if not test or table.measure not in test:
+        return Outcome(line, command, problem=f"its result has no {table.measure} (eval.test is off?)")
+    machine = hardware()
+    device = machine["gpu"] if result["device"] == "cuda" else machine["cpu"]
+    return Outcome(
+        line,
+        command,
+        value=unit * test[table.measure],
+        ci95=unit * test["ci95"],
+        untrained=unit * result["untrained"][table.measure],
+        steps=result["meta_steps"],
+        seconds=result["wall_seconds"],
+        transductive=test["transductive"],
+        hardware=f"{max(1, result['workers'])} × {device}",
+    )
+
+
+def checked_jobs(lines: Sequence[Line]) -> None:
+    """Refuse a table that names a job file which does not exist."""
+    for line in lines:
+        try:
+            find_job(line.job)
+        except ConfigError as error:
+            raise ConfigError(f"{line.method}, {line.setting}: {error}") from error

@@ -1,0 +1,52 @@
+"""Run a published table's rows, some at once, and write the table after each of them."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from metadist.durable import lock, storage_errors
+from metadist.errors import ConfigError, RunError
+from metadist.reproduce.published import PublishedTable, chosen, read_table
+from metadist.reproduce.report import save
+from metadist.reproduce.rows import Outcome, check, checked_jobs, run_row
+
+BUDGETS = ("short", "paper")
+
+
+def reproduce(
+    name: str,
+    *,
+    budget: str,
+    methods: str | None,
+    overrides: Sequence[str],
+    out: Path,
+    at_once: int,
+    say: Callable[[str], None],
+) -> tuple[PublishedTable, list[Outcome]]:
+    """The table and our rows, in its order. Rows that are finished in `out` are not run again."""
+    if budget not in BUDGETS:
+        raise ConfigError(f"--budget: {budget!r} is none; valid: {', '.join(BUDGETS)}")
+    table = read_table(name)
+    lines = chosen(table, methods)
+    checked_jobs(lines)
+    folder = out / budget
+    folders = [folder / f"{line.method}-{line.setting}" for line in lines]
+    for line, place in zip(lines, folders, strict=True):
+        check(table, line, budget, overrides, place)
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    done: dict[int, Outcome] = {}
+    with lock(folder / ".lock", wait=False) as ours, ThreadPoolExecutor(max_workers=at_once) as pool:
+        if not ours:
+            raise RunError(f"{folder}: another process is reproducing this table there")
+        running = {
+            pool.submit(run_row, table, line, budget, overrides, place, say): number
+            for number, (line, place) in enumerate(zip(lines, folders, strict=True))
+        }
+        for future in as_completed(running):
+            done[running[future]] = future.result()
+            rows = [done[number] for number in sorted(done)]
+            save(folder, table, budget, rows)
+            row = done[running[future]]
+            say(f"{row.line.method}, {row.line.setting}: {row.problem or f'{row.value:.4g} ± {row.ci95:.2g}'}")
+    return table, [done[number] for number in sorted(done)]

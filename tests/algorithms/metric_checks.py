@@ -1,0 +1,142 @@
+"""What is asked of every method that compares embeddings: formula, invariances, learning."""
+
+from collections.abc import Callable
+
+import torch
+from plain_reference import Named, config_of, episodes_of, method, one_of, parameters, relative
+from torch import Tensor
+
+from metadist.algorithms import for_evaluation, for_training
+from metadist.algorithms.objective import CLASSIFICATION
+from metadist.config import Config
+from metadist.engine.engine import Blueprint
+from metadist.engine.shard import judge_vectorised, loop, vectorised
+from metadist.tasks.episode import Episode, Examples
+
+IMAGES = {"stride2": (1, 15, 14), "conv4": (2, 19, 17), "conv4-fc": (1, 16, 16), "mlp": (1, 5, 4)}
+HOW = ("together", "support", "running")
+
+Task = Callable[[Config, Named, Episode, str], tuple[Tensor, Tensor, Named]]
+"""(config, θ, episode, together or support) → loss, logits, statistics, from torch.nn.functional alone."""
+
+
+def configured(algorithm, model="stride2", how="together", ways=4, shots=2, queries=3, **more) -> Config:
+    """how: the queries' statistics as they are judged."""
+    model = {"name": model, **more}
+    if how == "running":
+        model["statistics"] = "running"
+    task = {"ways": ways, "shots": shots, "queries": queries, "transductive": how == "together"}
+    return config_of(task=task, model=model, algorithm=algorithm)
+
+
+def error_of_sums(config: Config, image: tuple[int, int, int], task: Task, tasks: int = 2) -> float:
+    """Both engines' loss, gradient, score and statistics against a plain loop over tasks."""
+    theta, state = parameters(config, image)
+    episodes = episodes_of(config, image, tasks)
+    # Running statistics are collected in training and used in evaluation only.
+    how = "together" if config.task.transductive or config.model.statistics == "running" else "support"
+    total: Named = {}
+    for number in range(tasks):
+        leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
+        episode = one_of(episodes, number)
+        loss, logits, statistics = task(config, leaves, episode, how)
+        gradient = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        right = (logits.argmax(-1) == episode.query.y).double().mean()
+        one = {f"gradient.{n}": g for n, g in zip(leaves, gradient, strict=True)}
+        one |= {f"statistics.{n}": statistics[n] for n in state}
+        one |= {"metric.loss": loss.detach(), "metric.score": right}
+        total = {n: total[n] + v if total else v for n, v in one.items()}
+    found = [
+        engine(method(config, image), theta, state, episodes, config.task.ways, 0) for engine in (loop, vectorised)
+    ]
+    return max(relative(one, total) for one in found)
+
+
+def prepared(config: Config, model: str):
+    """The method as it is judged, θ, state and one episode."""
+    theta, state = parameters(config, IMAGES[model])
+    algorithm = for_evaluation(config, IMAGES[model])
+    seen = one_of(episodes_of(config, IMAGES[model], seed=9), 0)
+    if state:  # as training would have left it
+        plain = for_training(config, IMAGES[model])
+        state = {n: 1.1 * v for n, v in plain.task_loss(theta, state, seen, config.task.ways, 0).statistics.items()}
+    return algorithm, theta, state, one_of(episodes_of(config, IMAGES[model]), 0)
+
+
+def check_queries_are_independent(config: Config, model: str) -> None:
+    """Another order permutes the answers; non-transductively the other queries do not matter at all."""
+    algorithm, theta, state, (support, query, *_) = prepared(config, model)
+    predict = algorithm.adapt(theta, state, support, config.task.ways)
+    together = predict(query.x)
+    order = torch.randperm(len(query.y), generator=torch.Generator().manual_seed(5))
+    assert (predict(query.x[order]) - together[order]).abs().max() < 1e-10
+    alone = torch.cat([predict(one[None]) for one in query.x])
+    among_others = predict(torch.cat([query.x[:2], 5 + 3 * query.x]))[:2]
+    if config.task.transductive:  # the other assertions could fail
+        assert (alone - together).abs().max() > 1e-4
+    else:
+        assert (alone - together).abs().max() < 1e-10
+        assert (among_others - together[:2]).abs().max() < 1e-10
+
+
+def check_classes_have_no_names(config: Config, model: str) -> None:
+    """Class k is now called new[k]."""
+    algorithm, theta, state, (support, query, *_) = prepared(config, model)
+    before = algorithm.adapt(theta, state, support, 4)(query.x)
+    new = torch.tensor([2, 0, 3, 1])
+    after = algorithm.adapt(theta, state, Examples(support.x, new[support.y]), 4)(query.x)
+    assert (after[:, new] - before).abs().max() < 1e-10
+    assert (after - before).abs().max() > 1e-4
+
+
+def moved_by_reordering_the_support_set(config: Config, model: str) -> float:
+    algorithm, theta, state, (support, query, *_) = prepared(config, model)
+    before = algorithm.adapt(theta, state, support, 4)(query.x)
+    order = torch.randperm(len(support.y), generator=torch.Generator().manual_seed(5))
+    after = algorithm.adapt(theta, state, Examples(support.x[order], support.y[order]), 4)(query.x)
+    return float((after - before).abs().max())
+
+
+# --- learning ------------------------------------------------------------------
+
+SIGNAL, NUISANCE = 4, 12
+
+
+def tiny_episodes(tasks: int, ways: int, shots: int, queries: int, seed: int) -> Episode:
+    """A class is a point of 4 numbers; an example is that point and 12 louder numbers that say nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    each = shots + queries
+    points = torch.randn(tasks, 1, ways, SIGNAL, generator=generator).expand(-1, each, -1, -1)
+    points = points + 0.2 * torch.randn(points.shape, generator=generator)
+    noise = 1.5 * torch.randn(tasks, each, ways, NUISANCE, generator=generator)
+    x = torch.cat([points, noise], -1).view(tasks, each * ways, 1, 4, 4)
+    y = torch.arange(ways).repeat(each).expand(tasks, -1)
+    cut = shots * ways
+    return Episode(
+        Examples(x[:, :cut], y[:, :cut]),
+        Examples(x[:, cut:], y[:, cut:]),
+        torch.arange(ways).expand(tasks, -1),
+        torch.arange(tasks),
+    )
+
+
+def learned(algorithm: dict[str, object], steps: int = 150, lr: float = 5e-3) -> tuple[float, float]:
+    """Accuracy on 200 new tasks before and after meta-training; 5-way 1-shot, 3 queries per class."""
+    raw = {"model": {"name": "mlp", "width": 32}, "task": {"ways": 5, "queries": 3}, "algorithm": algorithm}
+    config = config_of(**raw, engine={"dtype": "float32"})
+    blueprint = Blueprint(config, (1, 4, 4))
+    theta = {name: value.clone().requires_grad_() for name, value in blueprint.theta.items()}
+    optimizer, train = torch.optim.Adam(theta.values(), lr), for_training(config, (1, 4, 4))
+    judged, new = for_evaluation(config, (1, 4, 4)), tiny_episodes(200, 5, 1, 3, seed=10_000)
+
+    def score() -> float:
+        values = {name: value.detach() for name, value in theta.items()}
+        return float(judge_vectorised(judged, CLASSIFICATION, values, {}, new, 5)["score"].mean())
+
+    before = score()
+    for step in range(steps):
+        sums = vectorised(train, theta, {}, tiny_episodes(16, 5, 1, 3, seed=step), 5, step)
+        for name, value in theta.items():
+            value.grad = sums[f"gradient.{name}"] / 16
+        optimizer.step()
+    return before, score()

@@ -1,0 +1,147 @@
+"""A published table is run, stopped, gone on with and told; a tiny table whose rows take seconds."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from metadist.config import find_job, load
+from metadist.errors import ConfigError, RunError
+from metadist.reproduce import published, run
+from metadist.reproduce.published import Line, Published, PublishedTable, chosen, read_table
+from metadist.reproduce.report import markdown
+from metadist.reproduce.rows import Outcome
+
+
+@pytest.fixture
+def table(tmp_path: Path, tiny_job: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """`tiny`: two rows that finish and one that cannot."""
+    told = {
+        "title": "Tiny",
+        "measure": "accuracy",
+        "short": ["outer.steps=6"],
+        "rows": [
+            {"method": "maml", "setting": "3w1s", "job": str(tiny_job), "published": {"value": 5.0, "source": "A"}},
+            {
+                "method": "fomaml",
+                "setting": "3w1s",
+                "job": str(tiny_job),
+                "short": ["algorithm.order=1", "outer.steps=4"],
+            },
+            {"method": "broken", "setting": "3w1s", "job": str(tiny_job), "short": ["algorithm.inner_lr=1e37"]},
+        ],
+    }
+    path = tmp_path / "tiny-table.yaml"
+    path.write_text(yaml.safe_dump(told))
+    monkeypatch.setattr(published, "tables", lambda: {"tiny": path})
+    return told
+
+
+def reproduce(out: Path, methods: str | None = None, budget: str = "short", overrides: tuple[str, ...] = ()):
+    said: list[str] = []
+    _, rows = run.reproduce(
+        "tiny", budget=budget, methods=methods, overrides=overrides, out=out, at_once=1, say=said.append
+    )
+    return rows, said
+
+
+def test_rows_are_run_resumed_and_told(table: dict, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rows, _ = reproduce(out, "maml,fomaml")
+    maml, fomaml = rows
+    result = json.loads((out / "short" / "maml-3w1s" / "result.json").read_text())
+    assert maml.value == pytest.approx(100 * result["test"]["accuracy"])
+    assert maml.ci95 == pytest.approx(100 * result["test"]["ci95"])
+    assert (maml.steps, fomaml.steps) == (6, 4)
+    assert maml.difference == pytest.approx(maml.value - 5.0)
+    assert load(out / "short" / "fomaml-3w1s" / "config.yaml").algorithm.order == 1
+
+    told = pq.read_table(out / "short" / "table.parquet").to_pylist()
+    assert [row["method"] for row in told] == ["maml", "fomaml"]
+    assert told[0]["ours"] == maml.value
+    assert told[1]["published"] is None
+    text = (out / "short" / "table.md").read_text()
+    assert f"{maml.value:.2f}" in text
+    assert maml.command in text
+    assert "outer.steps=6" in maml.command
+
+    # Stopped before its end, a row goes on from its checkpoint; a finished one is read.
+    (out / "short" / "maml-3w1s" / "result.json").unlink()
+    again, said = reproduce(out, "maml,fomaml")
+    assert any("going on" in line for line in said)
+    assert sum("training in" in line for line in said) == 0
+    assert [row.value for row in again] == [row.value for row in rows]
+    after = json.loads((out / "short" / "maml-3w1s" / "result.json").read_text())
+    assert after["theta_sha256"] == result["theta_sha256"]
+
+    with pytest.raises(ConfigError, match="seed"):
+        reproduce(out, "maml", overrides=("seed=7",))
+    with pytest.raises(ConfigError, match="eval"):
+        reproduce(out, "maml", overrides=("eval.episodes=10",))
+
+
+def test_a_row_that_fails_stops_no_other(table: dict, tmp_path: Path) -> None:
+    rows, _ = reproduce(tmp_path / "out", "broken,fomaml")
+    fomaml, broken = rows
+    assert fomaml.value is not None
+    assert broken.value is None
+    assert "error" in broken.problem
+    assert "failed" in (tmp_path / "out" / "short" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"methods": "mamel"}, "maml, fomaml, broken"),
+        ({"budget": "tiny"}, "short, paper"),
+        ({"overrides": ("outer.stepz=3",)}, "outer.steps"),
+    ],
+)
+def test_bad_input(asked: dict, told: str, table: dict, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=told):
+        reproduce(tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_process_at_a_time(table: dict, tmp_path: Path) -> None:
+    from metadist.durable import lock
+
+    (tmp_path / "out" / "short").mkdir(parents=True)
+    with lock(tmp_path / "out" / "short" / ".lock"), pytest.raises(RunError, match="another process"):
+        reproduce(tmp_path / "out", "maml")
+
+
+@pytest.mark.parametrize(
+    ("measure", "ours", "published", "short"),
+    [
+        ("accuracy", (90.0, 1.0), (92.5, 1.0), True),
+        ("accuracy", (90.0, 1.0), (91.5, 1.0), False),
+        ("accuracy", (95.0, 1.0), (91.5, 1.0), False),
+        ("mse", (0.9, 0.1), (0.5, 0.1), True),
+        ("mse", (0.3, 0.1), (0.5, 0.1), False),
+    ],
+)
+def test_what_falls_short_is_named(measure, ours, published, short) -> None:
+    line = Line(
+        method="m", setting="s", job="j", published=Published(value=published[0], ci95=published[1], source="A")
+    )
+    row = Outcome(line, "metadist train j", value=ours[0], ci95=ours[1], hardware="1 × CPU", transductive=True)
+    assert row.falls_short(measure == "accuracy") is short
+    text = markdown(PublishedTable(title="T", measure=measure, rows=(line,)), "paper", [row])
+    assert ("Below the published figure" in text) is short
+
+
+@pytest.mark.parametrize("name", list(published.tables()))
+def test_packaged_tables_are_whole(name: str) -> None:
+    """Every row's job exists, and both budgets of it are valid configs of the method that the row names."""
+    table = read_table(name)
+    assert table.rows
+    for line in table.rows:
+        find_job(line.job)
+        for budget in ((), (*table.short, *line.short)):
+            config = load(line.job, budget)
+            assert config.kind == ("classification" if table.measure == "accuracy" else "regression")
+            assert line.method in (config.algorithm.name, "fomaml" if config.algorithm.name == "maml" else None)
+    assert [line.method for line in chosen(table, table.rows[0].method)]
