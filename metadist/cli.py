@@ -253,12 +253,15 @@ def data_list() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from metadist.config import GENERATED
     from metadist.data.sources import NAMES
 
     table = Table("name", "what", "splits", "needs")
     for name, entry in NAMES.items():
         needs = "data.root=FOLDER, or a download" if entry.downloads else "nothing"
         table.add_row(name, entry.description, ", ".join(entry.splits), needs)
+    for name, description in GENERATED.items():
+        table.add_row(name, description, "", "nothing")
     Console().print(table)
 
 

@@ -12,7 +12,7 @@ import json
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_origin
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -27,7 +27,7 @@ def _yaml_off(value: Any) -> Any:
     return "off" if value is False else value
 
 
-GENERATED = ("sinusoid",)
+GENERATED = {"sinusoid": "regression tasks y = A sin(x − φ), generated"}
 """Values of `data.name` whose tasks come from a formula: regression tasks, no examples on a disk."""
 
 

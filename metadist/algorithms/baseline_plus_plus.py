@@ -82,7 +82,7 @@ class BaselinePlusPlus:
 
     def _logits(self, head: Head, features: Tensor) -> Tensor:
         if self.head == "cosine":
-            return self.scale * F.normalize(features, dim=1) @ F.normalize(head[0], dim=0)
+            return self.scale * embedding.unit(features) @ embedding.unit(head[0], 0)
         # A centroid's −‖f − c‖² is linear too, but for −‖f‖², which all classes share.
         return features @ head[0] + head[1]
 

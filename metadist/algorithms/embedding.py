@@ -15,6 +15,9 @@ from metadist.models import build
 from metadist.models.network import Statistics
 from metadist.tasks.episode import Episode, Examples
 
+FLOOR = 1e-8
+"""Added to squared lengths: the direction of nothing is 0, and its derivative is finite."""
+
 
 def without_head(context: Context) -> Normalisation:
     """The run's network, its head left out."""
@@ -45,3 +48,8 @@ def at_test(
     features, of_support = normalisation.network(theta, support.x, running)
     given = of_support if normalisation.queries == "support" else running
     return features, lambda x: normalisation.network(theta, x, given)[0]
+
+
+def unit(x: Tensor, axis: int = -1) -> Tensor:
+    """x / ‖x‖ along an axis, for cosine similarities."""
+    return x * torch.rsqrt(x.square().sum(axis, keepdim=True) + FLOOR)

@@ -38,9 +38,6 @@ from metadist.models.lstm import init_lstm, lstm
 from metadist.tasks.counter import key, mix
 from metadist.tasks.episode import Episode, Examples
 
-FLOOR = 1e-8
-"""Added to squared norms: an empty slot's cosine is 0, and so is its derivative."""
-
 FIRST_USE = 1e-3
 """Initial usage rises by this over the slots, so that untouched ones are filled in their order."""
 
@@ -142,7 +139,7 @@ class MANN:
         controller = lstm("lstm", theta, torch.cat([x, beside], 1), memory.controller)
         h = controller.hidden
         keys = torch.tanh(linear("key", theta, h)).view(-1, self.reads, self.cell)
-        weights = torch.softmax(self.sharpness * (_unit(keys) @ _unit(memory.cells).T), -1)
+        weights = torch.softmax(self.sharpness * (embedding.unit(keys) @ embedding.unit(memory.cells).T), -1)
         read = (weights @ memory.cells).flatten(1)
         return Answer(linear("classifier", theta, torch.cat([h, read], 1)), keys, weights, read, controller)
 
@@ -164,10 +161,6 @@ def shuffled(size: int, step: int, classes: Tensor, stream: int) -> Tensor:
     """An order of `size` examples, int64 [size]: a pure function of the meta-step and the episode's classes."""
     drawn = key(0, stream, step, *classes.unbind(), device=classes.device)
     return mix(drawn + torch.arange(size, device=classes.device)).argsort()
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + FLOOR)
 
 
 def build(method: Mann, context: Context) -> MANN:

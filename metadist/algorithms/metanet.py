@@ -96,7 +96,7 @@ class MetaNet:
         values = self._fast(theta, "m", SLOW_B, features, y, _b_logits)
 
         def answer(queries: Tensor) -> Tensor:
-            cosine = F.normalize(_represent(theta, fast_u, queries), dim=1) @ F.normalize(keys, dim=1).T
+            cosine = embedding.unit(_represent(theta, fast_u, queries)) @ embedding.unit(keys).T
             attention = torch.softmax(self.sharpness * cosine, 1)
             fast = {name: torch.tensordot(attention, value, 1) for name, value in values.items()}
             h = torch.relu(linear("b1", theta, queries)) + torch.relu(_each("b1", fast, queries))

@@ -30,7 +30,8 @@ def baseline(head):
 def classified(config, weight, bias, features):
     """weight: [d, classes]."""
     if config.algorithm.head == "cosine":
-        return config.algorithm.scale * F.cosine_similarity(features[:, None], weight.T[None], dim=-1)
+        lengths = ((features**2).sum(1, keepdim=True) + 1e-8) * ((weight**2).sum(0) + 1e-8)
+        return config.algorithm.scale * F.linear(features, weight.T) / lengths.sqrt()
     return F.linear(features, weight.T, bias)
 
 

@@ -51,7 +51,9 @@ def plain(config, theta, episode, how, step, forget=True, previous_gates=True, s
         gradient = torch.autograd.grad(loss, [leaves[n] for n in names], create_graph=second_derivatives)
         moved = {}
         for name, g in zip(names, gradient, strict=True):
-            x = torch.tensor([preprocessed(v) + preprocessed(loss.detach()) for v in g.flatten()], dtype=torch.float64)
+            x = torch.tensor(
+                [preprocessed(v) + preprocessed(loss.detach()) for v in g.detach().flatten()], dtype=torch.float64
+            )
             weights = (theta["lstm.1.input"].T, theta["lstm.1.recurrent"].T, theta["lstm.1.bias"])
             memory[name] = torch.lstm_cell(x, memory[name], *weights)
             cell = fast[name].reshape(-1, 1)

@@ -256,5 +256,5 @@ def test_learns_to_tell_clusters(how):
 
 def test_learns_sinusoids():
     switches = ALL | {"multi_step_loss": 50, "first_order_steps": 20}
-    before, after = learns_sinusoids(maml_pp(2, 0.05, **switches))
+    before, after = learns_sinusoids(maml_pp(2, 0.02, **switches), lr=3e-3)  # the rates bear no larger one
     assert after < 0.75 * before

@@ -48,6 +48,10 @@ def fast_weights(which, theta, names, loss, order):
     return {name: generated(which, theta, g) for name, g in zip(names, gradient, strict=True)}
 
 
+def cosine(one, other):
+    return (one @ other) / ((one @ one + 1e-8) * (other @ other + 1e-8)).sqrt()
+
+
 def answers(config, theta, support, y, queries, without=""):
     """Features in, logits [m, ways] out."""
     algorithm, n = config.algorithm, len(y)
@@ -71,7 +75,7 @@ def answers(config, theta, support, y, queries, without=""):
 
     told = []
     for x in queries:
-        alike = torch.stack([F.cosine_similarity(represented(x), represented(s), dim=0) for s in support])
+        alike = torch.stack([cosine(represented(x), represented(s)) for s in support])
         attention = (algorithm.sharpness * alike * (without != "attention")).softmax(0)
         fast = {name: sum(a * one[name] for a, one in zip(attention, memory, strict=True)) for name in of_b}
         h = F.relu(layer("b1", theta, x)) + F.relu(layer("b1", fast, x)) * (without != "fast b1")

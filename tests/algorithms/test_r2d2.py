@@ -15,9 +15,14 @@ from metric_checks import (
 )
 from plain_reference import config_of, episodes_of, method, network, one_of, parameters, relative, stored
 
+from metadist.algorithms import for_evaluation
+from metadist.algorithms.objective import REGRESSION
 from metadist.algorithms.r2d2 import ridge_regression
-from metadist.engine.shard import loop, vectorised
+from metadist.config import load, resolve
+from metadist.engine.engine import Blueprint
+from metadist.engine.shard import judge_vectorised, loop, vectorised
 from metadist.tasks.episode import Episode, Examples
+from metadist.tasks.samplers import evaluation_tasks, training_tasks
 
 R2D2 = {"name": "r2d2", "ridge": 0.3, "scale": 4.0}
 
@@ -137,3 +142,22 @@ def test_a_network_that_is_not_finite_gives_numbers_that_are_not():
 def test_learning_beats_the_untrained_network_by_half_of_all_answers():
     before, after = learned({"name": "r2d2"})
     assert after > before + 0.5
+
+
+def test_learning_regression_halves_the_untrained_networks_error():
+    config = resolve(load("sinusoid-r2d2", ["engine.device=cpu"]))
+    theta = {name: value.clone().requires_grad_() for name, value in Blueprint(config, (1,)).theta.items()}
+    optimizer, train = torch.optim.Adam(theta.values(), 2e-3), method(config, (1,))
+    tasks, new = training_tasks(config, [], "cpu"), evaluation_tasks(config, [], "test", "cpu").sample(0, 0, 200)
+
+    def error() -> float:
+        values = {name: value.detach() for name, value in theta.items()}
+        return float(judge_vectorised(for_evaluation(config, (1,)), REGRESSION, values, {}, new, 1)["score"].mean())
+
+    before = error()
+    for step in range(150):
+        sums = vectorised(train, theta, {}, tasks.sample(step, 0, 25), 1, step)
+        for name, value in theta.items():
+            value.grad = sums[f"gradient.{name}"] / 25
+        optimizer.step()
+    assert error() < before / 2

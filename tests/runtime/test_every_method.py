@@ -1,0 +1,74 @@
+"""Every method's shards are the same bits in whichever process they are computed, and their order does not count."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from metadist.config import Config, resolve
+from metadist.data.sources import prepare
+from metadist.methods import every_method
+from metadist.runtime.aggregator import Aggregator
+from metadist.runtime.worker import Worker
+
+pytestmark = pytest.mark.cluster
+
+STEPS = 2
+FURTHER = {"task-conditioned": ("task.within_group=true",), "imaml": ("algorithm.inner_steps=3",)}
+RUNNING = ("model.statistics=running", "task.transductive=false")
+KEEP_STATISTICS = ("maml", "maml++", "protonet", "relation", "baseline++")
+
+CASES = [(method.method_name(), FURTHER.get(method.method_name(), ())) for method in every_method()]
+CASES += [(name, RUNNING) for name in KEEP_STATISTICS]
+CASES += [
+    (method.method_name(), ("data.name=sinusoid", "model.norm=none")) for method in every_method() if method.regression
+]
+
+
+@pytest.fixture(scope="module")
+def hosts(connected: Any) -> Any:
+    """Two other processes, in which workers of any number of runs live."""
+    import ray
+
+    class Host:  # here, so that it travels by value: another process cannot import this file
+        def compute(self, config: Config, paths: list[str], *call: Any) -> Any:
+            from metadist.runtime.worker import Worker
+
+            return Worker(config, paths).compute(*call)
+
+    actors = [ray.remote(Host).options(num_cpus=1).remote() for _ in range(2)]
+    yield actors
+    for actor in actors:
+        ray.kill(actor)
+
+
+@pytest.mark.parametrize(("name", "overrides"), CASES, ids=[f"{name} {' '.join(more)}".strip() for name, more in CASES])
+def test_same_bits(
+    name: str, overrides: tuple[str, ...], tiny: Callable[..., Config], cluster: Any, hosts: Any
+) -> None:
+    import ray
+
+    config = resolve(tiny(f"algorithm.name={name}", "task.meta_batch=4", *overrides))
+    paths = [str(prepare(source).path) for source in config.data.sources]
+    here = Worker(config, paths)
+    tasks = here.engine.tasks
+    alone, apart = (Aggregator(config, tasks.shape, None, tasks.classes) for _ in range(2))
+    for step in range(STEPS):
+        broadcast = alone.broadcast()
+        moved = [
+            hosts[shard].compute.remote(config, paths, broadcast, step, broadcast.attempt, shard) for shard in (0, 1)
+        ]
+        for shard in (0, 1):
+            receipt, q = here.compute(broadcast, step, broadcast.attempt, shard)
+            assert receipt.current
+            assert receipt.finite
+            alone.add(step, broadcast.attempt, shard, q)
+        for shard in (1, 0):
+            apart.add(step, broadcast.attempt, shard, ray.get(moved[shard])[1])
+        reports = [aggregator.apply(step)[0] for aggregator in (alone, apart)]
+        assert reports[0] == reports[1]
+        assert not reports[0].missing
+    one, other = alone.snapshot(), apart.snapshot()
+    assert all(np.array_equal(value, other.values[key]) for key, value in one.values.items())
+    assert all(np.array_equal(value, other.memory[key]) for key, value in one.memory.items())
