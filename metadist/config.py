@@ -236,7 +236,7 @@ class Config(Tree):
     @property
     def kind(self) -> Literal["classification", "regression"]:
         """What the tasks ask for."""
-        return "regression" if self.data.name in GENERATED else "classification"
+        return "regression" if isinstance(self.data.name, str) and self.data.name in GENERATED else "classification"
 
     def with_values(self, **sections: dict[str, Any]) -> "Config":
         """This config with some keys replaced and everything checked again."""
