@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from metadist.bench.record import hardware
-from metadist.config import find_job, load, refuse_changed_mathematics, resolve
+from metadist.config import load, refuse_changed_mathematics, resolve
 from metadist.errors import ConfigError
 from metadist.reproduce.published import Line, PublishedTable
 
@@ -104,12 +104,3 @@ def _outcome(table: PublishedTable, line: Line, command: str, result: dict[str, 
         transductive=test["transductive"],
         hardware=f"{max(1, result['workers'])} × {device}",
     )
-
-
-def checked_jobs(lines: Sequence[Line]) -> None:
-    """Refuse a table that names a job file which does not exist."""
-    for line in lines:
-        try:
-            find_job(line.job)
-        except ConfigError as error:
-            raise ConfigError(f"{line.method}, {line.setting}: {error}") from error
