@@ -77,9 +77,8 @@ class OuterStep:
 
     def remember(self, memory: Mapping[str, Tensor]) -> None:
         """Put tensors from `memory` back."""
-        first = self.layout.names[0]
         slot = {key: value.clone() for key, value in memory.items() if "." not in key}
-        for key in [name.removesuffix(f".{first}") for name in memory if name.endswith(f".{first}")]:
+        for key in {name.partition(".")[0] for name in memory if "." in name}:
             slot[key] = self.layout.flatten({name: memory[f"{key}.{name}"] for name in self.layout.names})
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": {0: slot} if slot else {}, "param_groups": groups})

@@ -22,7 +22,7 @@ OPTIMIZERS = {
 
 def start(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    shapes = {"w.b": (3, 2), "a": (4,), "w": ()}
+    shapes = {"w.b": (3, 2), "a": (4,), "w": (), "rate.a": (4,)}  # one name ends with another
     return {n: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for n, s in shapes.items()}
 
 
