@@ -100,8 +100,3 @@ class Normalisation(NamedTuple):
         if self.queries == "running":
             return dict(state)
         return self.network(params, support.x)[1]
-
-
-def zeros_like_state(state: State) -> Statistics:
-    """For methods that leave the state alone."""
-    return {name: torch.zeros_like(value) for name, value in state.items()}

@@ -72,3 +72,13 @@ def test_same_bits(
     one, other = alone.snapshot(), apart.snapshot()
     assert all(np.array_equal(value, other.values[key]) for key, value in one.values.items())
     assert all(np.array_equal(value, other.memory[key]) for key, value in one.memory.items())
+
+    # And what a checkpoint holds is all of it: an aggregator made from it takes the next step to the same bits.
+    resumed = Aggregator(config, tasks.shape, one, tasks.classes)
+    broadcast = alone.broadcast()
+    for shard in (0, 1):
+        _, q = here.compute(broadcast, STEPS, broadcast.attempt, shard)
+        alone.add(STEPS, broadcast.attempt, shard, q)
+        resumed.add(STEPS, broadcast.attempt, shard, q)
+    assert alone.apply(STEPS)[0] == resumed.apply(STEPS)[0]
+    assert np.array_equal(alone.broadcast().values, resumed.broadcast().values)
