@@ -3,7 +3,7 @@
 A plain class. It runs in the driver's process or, unchanged, as a Ray actor.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -83,12 +83,12 @@ class Aggregator:
         values = self.blueprint.values.flatten(self.outer.theta | self.state)
         return Broadcast(self.step, self.attempt, values.numpy(), self.exponents)
 
-    def add(self, step: int, attempt: int, shard: int, q: np.ndarray) -> bool:
-        """Count one shard. A repeated or late one is dropped: False."""
-        if (step, attempt) != (self.step, self.attempt) or shard in self.added:
-            self.duplicates += 1
+    def add(self, step: int, attempt: int, shards: Collection[int], q: np.ndarray) -> bool:
+        """Count the sum of some shards. A late one, or one with a shard that is counted, is dropped: False."""
+        if (step, attempt) != (self.step, self.attempt) or not self.added.isdisjoint(shards):
+            self.duplicates += len(shards)
             return False
-        self.added.add(shard)
+        self.added.update(shards)
         self.total += q
         return True
 

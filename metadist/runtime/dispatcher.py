@@ -1,7 +1,9 @@
 """Which shard goes to which worker: any shard to any worker, each counted once.
 
-Pure bookkeeping without processes, so that every interleaving can be tested. A worker
-gets the next shard while it computes one, which hides the way to it and back.
+Pure bookkeeping without processes, so that every interleaving can be tested. Shards travel
+in calls of several, because a call costs the way of θ to the worker and of a sum back,
+whatever it holds; and while more is pending than the workers hold, a worker has a second
+call waiting for it, which hides that way.
 """
 
 from collections import deque
@@ -10,8 +12,8 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item", bound=Hashable)
 
-DEPTH = 2
-"""Shards a worker holds at a time: one computed, one waiting."""
+DEPTH = 4
+"""Items a worker holds at a time, in one call or two."""
 
 
 class Dispatcher(Generic[Item]):
@@ -41,9 +43,13 @@ class Dispatcher(Generic[Item]):
             self.pending.append(item)
             self.open.add(item)
 
-    def assign(self) -> list[tuple[str, Item]]:
-        """Hand pending items to workers with room: least loaded first, then least counted, then by name."""
-        assigned = []
+    def assign(self) -> list[tuple[str, tuple[Item, ...]]]:
+        """Hand pending items to workers with room: least loaded first, then least counted, then by name.
+
+        What one worker gets is one call; two where it had nothing and more is pending for later.
+        """
+        idle = {worker for worker, items in self.held.items() if not items}
+        assigned: dict[str, list[Item]] = {}
         passed: list[Item] = []
         while self.pending:
             item = self.pending.popleft()
@@ -54,9 +60,13 @@ class Dispatcher(Generic[Item]):
                     break
                 continue
             self.held[worker].append(item)
-            assigned.append((worker, item))
+            assigned.setdefault(worker, []).append(item)
         self.pending.extendleft(reversed(passed))
-        return assigned
+        calls = []
+        for worker, items in assigned.items():
+            half = (len(items) + 1) // 2 if self.pending and worker in idle else len(items)
+            calls += [(worker, tuple(part)) for part in (items[:half], items[half:]) if part]
+        return calls
 
     def done(self, worker: str, item: Item) -> bool:
         """A result came in; False if it is late or a repetition and must be dropped."""

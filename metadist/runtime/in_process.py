@@ -35,24 +35,26 @@ class InProcess:
         pass
 
     def finish(self, step: int) -> None:
-        while exceeding := self._all_shards(step):
+        while exceeding := self._computed_shards(step, range(self.worker.engine.shards)):
             self._recomputed += self.worker.engine.shards
             self._broadcast = self.aggregator.redo(step, self._broadcast.attempt, sorted(exceeding))
 
-    def _all_shards(self, step: int) -> set[int]:
-        """Compute and count every shard; the tensors in which any of them exceeded its bound."""
-        attempt, exceeding = self._broadcast.attempt, set[int]()
-        for shard in range(self.worker.engine.shards):
-            receipt, q = self.worker.compute(self._broadcast, step, attempt, shard)
-            if not receipt.finite:
-                self._recomputed += 1
-                receipt, q = self.worker.compute(self._broadcast, step, attempt, shard)
-                if not receipt.finite:
-                    raise NotFinite(step, shard)
-            exceeding.update(receipt.exceeding)
-            if not receipt.exceeding:
-                self.aggregator.add(step, attempt, shard, q)
-                self._computed += 1
+    def _computed_shards(self, step: int, shards: Sequence[int], again: bool = True) -> set[int]:
+        """Compute and count shards; the tensors in which any of them exceeded its bound.
+
+        What is not finite is computed once more where `again`; then it is divergence.
+        """
+        attempt = self._broadcast.attempt
+        receipt, q = self.worker.compute(self._broadcast, step, attempt, shards)
+        if receipt.summed:
+            self.aggregator.add(step, attempt, receipt.summed, q)
+            self._computed += len(receipt.summed)
+        exceeding = set(receipt.exceeding)
+        if receipt.not_finite:
+            if not again:
+                raise NotFinite(step, receipt.not_finite[0])
+            self._recomputed += len(receipt.not_finite)
+            exceeding |= self._computed_shards(step, receipt.not_finite, again=False)
         return exceeding
 
     def apply(self, step: int) -> Later:

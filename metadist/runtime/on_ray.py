@@ -1,8 +1,8 @@
 """Workers and aggregator as Ray actors, and the driver's side of them.
 
-Every shard goes worker → aggregator without passing through the driver, which sees
-receipts only. The next step's shards are handed out while the aggregator still takes the
-outer step: they wait for θ where they are, not here.
+The driver reads receipts only; a worker's sums go on to the aggregator unread. The next
+step's shards are handed out while the aggregator still takes the outer step: they wait for
+θ where they are, not here.
 """
 
 import time
@@ -58,7 +58,7 @@ class OnRay:
         self.pids: dict[str, int] = {}
         self._actors: dict[str, Any] = {}
         self._arriving: dict[Any, str] = {}
-        self._calls: dict[Any, tuple[str, Item, Any]] = {}
+        self._calls: dict[Any, tuple[str, tuple[Item, ...], Any]] = {}
         self._failures: dict[Item, int] = {}
         self._shards: dict[str, int] = {}
         self._born = self._deaths = self._recomputed = self._duplicates = 0
@@ -156,19 +156,21 @@ class OnRay:
     # --- handing out and taking in -------------------------------------------
 
     def _hand_out(self, judged: tuple[Any, Config, str] | None = None) -> None:
-        for name, item in self._dispatcher.assign():
+        for name, items in self._dispatcher.assign():
             actor = self._actors[name]
-            if isinstance(item, Shard):
-                receipt, q = actor.compute.options(num_returns=2).remote(self._broadcast, *item)
-                self._calls[receipt] = (name, item, q)
-            else:
-                assert judged is not None
-                values, config, split = judged
-                found = actor.judge.remote(values, config, split, item.first, item.tasks)
-                self._calls[found] = (name, item, None)
+            together = [item for item in items if isinstance(item, Shard)]
+            if together:
+                step, attempt, shards = together[0].step, together[0].attempt, [item.shard for item in together]
+                receipt, q = actor.compute.options(num_returns=2).remote(self._broadcast, step, attempt, shards)
+                self._calls[receipt] = (name, items, q)
+            for item in items:
+                if isinstance(item, Judgement):
+                    assert judged is not None
+                    found = actor.judge.remote(*judged, item.first, item.tasks)
+                    self._calls[found] = (name, (item,), None)
 
-    def _events(self) -> list[tuple[str, Item, Any, Any]]:
-        """Results that came in, after a second at most: (worker, item, receipt or judgement, the sums' reference)."""
+    def _events(self) -> list[tuple[str, tuple[Item, ...], Any, Any]]:
+        """Results that came in, after a second at most: (worker, items, receipt or judgement, the sum's reference)."""
         from ray.exceptions import RayActorError, RayError, RayTaskError
 
         waiting = [*self._calls, *self._arriving]
@@ -201,8 +203,8 @@ class OnRay:
                 del self._arriving[ref]
                 self._arrived(name, value)
             else:
-                _, item, q = self._calls.pop(ref)
-                results.append((name, item, value, q))
+                _, items, q = self._calls.pop(ref)
+                results.append((name, items, value, q))
                 self._deaths = 0
         return results
 
@@ -222,9 +224,9 @@ class OnRay:
 
     def finish(self, step: int) -> None:
         while self._dispatcher.open:
-            for name, item, receipt, q in self._events():
-                if isinstance(item, Shard) and isinstance(receipt, Receipt):
-                    self._take(step, name, item, receipt, q)
+            for name, items, receipt, q in self._events():
+                if isinstance(receipt, Receipt):
+                    self._take(step, name, [item for item in items if isinstance(item, Shard)], receipt, q)
             if not self._dispatcher.open and self._exceeding:
                 self._recomputed += self._per_step
                 self._broadcast = self._aggregator.redo.remote(step, self._attempt, sorted(self._exceeding))
@@ -232,25 +234,31 @@ class OnRay:
                 self._open_step(step)
             self._hand_out()
 
-    def _take(self, step: int, name: str, item: Shard, receipt: Receipt, q: Any) -> None:
-        if item not in self._dispatcher.open:
-            self._dispatcher.done(name, item)
-            self._duplicates += 1
-        elif not receipt.current:
+    def _take(self, step: int, name: str, items: list[Shard], receipt: Receipt, q: Any) -> None:
+        """Count a worker's sum of some shards; all of it or, where some of them count already, nothing."""
+        late = [item for item in items if item not in self._dispatcher.open]
+        if late:
+            self._duplicates += len(late)
+            for item in items:
+                self._dispatcher.again(name, item)
+            return
+        if not receipt.current:
             raise AggregatorLost(f"step {step}: the aggregator's parameters are of another step")
-        elif not receipt.finite:
+        self._exceeding.update(receipt.exceeding)
+        for item in items:
+            if item.shard not in receipt.not_finite:
+                self._dispatcher.done(name, item)
+                continue
             self._recomputed += 1
             self._failures[item] = self._failures.get(item, 0) + 1
             if self._failures[item] > 1:
                 raise NotFinite(step, item.shard)
             self._dispatcher.again(name, item)
-        elif receipt.exceeding:
-            self._exceeding.update(receipt.exceeding)
-            self._dispatcher.done(name, item)
-        elif self._dispatcher.done(name, item):
-            self._shards[str(receipt.pid)] = self._shards.get(str(receipt.pid), 0) + 1
+        if receipt.summed:
+            self._shards[str(receipt.pid)] = self._shards.get(str(receipt.pid), 0) + len(receipt.summed)
             # Calls from one driver to one actor run in order, so this is counted before `apply`.
-            self._acks.append(self._aggregator.add.remote(item.step, item.attempt, item.shard, q))
+            added = self._aggregator.add.remote(items[0].step, items[0].attempt, receipt.summed, q)
+            self._acks.append(added)
 
     def apply(self, step: int) -> Later:
         report, self._broadcast = self._aggregator.apply.options(num_returns=2).remote(step)
@@ -287,8 +295,9 @@ class OnRay:
 
     def restart(self, snapshot: Snapshot | None) -> None:
         self._dispatcher.drop()
-        for name, item, _ in self._calls.values():  # they wait for parameters that are lost with the aggregator
-            self._dispatcher.done(name, item)
+        for name, items, _ in self._calls.values():  # they wait for parameters that are lost with the aggregator
+            for item in items:
+                self._dispatcher.done(name, item)
         self._calls.clear()
         self.ray.kill(self._aggregator)
         self._start_aggregator(snapshot)
@@ -312,7 +321,7 @@ class OnRay:
         found: dict[int, dict[str, np.ndarray]] = {}
         self._hand_out((shared, judged, split))
         while self._dispatcher.open:
-            for name, item, value, _ in self._events():
+            for name, (item, *_), value, _ in self._events():
                 if self._dispatcher.done(name, item) and isinstance(item, Judgement):
                     found[item.first] = value
             self._hand_out((shared, judged, split))

@@ -35,14 +35,16 @@ class Introduction(NamedTuple):
 
 
 class Receipt(NamedTuple):
-    """What goes to the driver about a computed shard; the sums themselves go to the aggregator.
+    """What goes to the driver about computed shards; their sum itself goes to the aggregator.
 
-    exceeding: the tensors beyond the bound of the exact sum; current: whether the
-    parameters were those of the step.
+    summed: the shards in the sum; not_finite: those that have no sum; exceeding: the tensors
+    in which some shard is beyond the bound of the exact sum (it is not in the sum either);
+    current: whether the parameters were those of the step; seconds: of the whole call.
     """
 
     pid: int
-    finite: bool
+    summed: tuple[int, ...]
+    not_finite: tuple[int, ...]
     exceeding: tuple[int, ...]
     current: bool
     seconds: float
@@ -84,13 +86,31 @@ class Worker:
         gpus = tuple(name for name in visible.split(",") if name)
         return Introduction(os.getpid(), socket.gethostname(), gpus, fingerprint(self.config, self.tables), probe)
 
-    def compute(self, broadcast: Broadcast, step: int, attempt: int, shard: int) -> tuple[Receipt, np.ndarray]:
-        """One shard of one step; nothing is computed from a broadcast of another step."""
+    def compute(
+        self, broadcast: Broadcast, step: int, attempt: int, shards: Sequence[int]
+    ) -> tuple[Receipt, np.ndarray]:
+        """Some shards of one step and their integer sum; nothing is computed from a broadcast of another step."""
         started = time.perf_counter()
         if (broadcast.step, broadcast.attempt) != (step, attempt):
-            return Receipt(os.getpid(), True, (), False, 0.0), np.zeros(0, dtype=np.int64)
-        part = self.engine.part(broadcast.values, broadcast.exponents, step, shard)
-        return Receipt(os.getpid(), part.finite, part.exceeding, True, time.perf_counter() - started), part.q
+            return Receipt(os.getpid(), (), (), (), False, 0.0), np.zeros(0, dtype=np.int64)
+        total, summed, not_finite, exceeding = None, [], [], set[int]()
+        for shard in shards:
+            part = self.engine.part(broadcast.values, broadcast.exponents, step, shard)
+            if part.fits:
+                total = part.q if total is None else total + part.q
+                summed.append(shard)
+            elif not part.finite:
+                not_finite.append(shard)
+            exceeding.update(part.exceeding if part.finite else ())
+        receipt = Receipt(
+            os.getpid(),
+            tuple(summed),
+            tuple(not_finite),
+            tuple(sorted(exceeding)),
+            True,
+            time.perf_counter() - started,
+        )
+        return receipt, np.zeros(0, dtype=np.int64) if total is None else total
 
     def judge(self, values: np.ndarray, judged: Config, split: str, first: int, tasks: int) -> dict[str, np.ndarray]:
         """Accuracy and loss of evaluation tasks first … first+tasks−1."""

@@ -38,7 +38,7 @@ def sums(config: Config, step: int, shard: int, bits: int = 40) -> np.ndarray:
 
 def take(aggregator: Aggregator, step: int, order: list[int]) -> None:
     for shard in order:
-        assert aggregator.add(step, aggregator.attempt, shard, sums(aggregator.config, step, shard))
+        assert aggregator.add(step, aggregator.attempt, [shard], sums(aggregator.config, step, shard))
     report, _ = aggregator.apply(step)
     assert report.missing == ()
 
@@ -67,9 +67,11 @@ def test_partial_sums_may_be_taken_in_any_grouping(config: Config) -> None:
     one, other = Aggregator(config, IMAGE), Aggregator(config, IMAGE)
     take(one, 0, [0, 1, 2, 3])
     pairs = [sums(config, 0, 2) + sums(config, 0, 0), sums(config, 0, 3) + sums(config, 0, 1)]
-    other.total += pairs[1] + pairs[0]
-    other.added = set(range(SHARDS))
-    other.apply(0)
+    assert other.add(0, 0, (3, 1), pairs[1])
+    assert not other.add(0, 0, (1, 2), pairs[0]), "a sum with a shard that counts already counts nothing"
+    assert other.add(0, 0, (2, 0), pairs[0])
+    report, _ = other.apply(0)
+    assert (report.missing, report.duplicates) == ((), 2)
     assert bits(one.snapshot()) == bits(other.snapshot())
 
 
@@ -78,11 +80,11 @@ def test_repeated_and_late_shards_are_dropped(config: Config) -> None:
     for step in range(3):
         take(clean, step, [0, 1, 2, 3])
         for shard in range(SHARDS):
-            assert aggregator.add(step, 0, shard, sums(config, step, shard))
-            assert not aggregator.add(step, 0, shard, sums(config, step, shard)), "twice"
-            assert not aggregator.add(step - 1, 0, shard, sums(config, step, shard)), "of the step before"
-            assert not aggregator.add(step + 1, 0, shard, sums(config, step, shard)), "of the next step"
-            assert not aggregator.add(step, 1, shard, sums(config, step, shard)), "of another attempt"
+            assert aggregator.add(step, 0, [shard], sums(config, step, shard))
+            assert not aggregator.add(step, 0, [shard], sums(config, step, shard)), "twice"
+            assert not aggregator.add(step - 1, 0, [shard], sums(config, step, shard)), "of the step before"
+            assert not aggregator.add(step + 1, 0, [shard], sums(config, step, shard)), "of the next step"
+            assert not aggregator.add(step, 1, [shard], sums(config, step, shard)), "of another attempt"
         report, _ = aggregator.apply(step)
         assert report.duplicates == 4 * SHARDS
     assert bits(aggregator.snapshot()) == bits(clean.snapshot())
@@ -91,7 +93,7 @@ def test_repeated_and_late_shards_are_dropped(config: Config) -> None:
 def test_an_incomplete_step_moves_nothing_and_names_what_is_missing(config: Config) -> None:
     aggregator = Aggregator(config, IMAGE)
     before = bits(aggregator.snapshot())
-    aggregator.add(0, 0, 2, sums(config, 0, 2))
+    aggregator.add(0, 0, [2], sums(config, 0, 2))
     report, broadcast = aggregator.apply(0)
     assert report.missing == (0, 1, 3)
     assert broadcast.step == 0
@@ -100,7 +102,7 @@ def test_an_incomplete_step_moves_nothing_and_names_what_is_missing(config: Conf
     assert report.missing == (0, 1, 2, 3), "another step than the current one has none of its shards"
     assert bits(aggregator.snapshot()) == before
     for shard in (0, 1, 3):
-        aggregator.add(0, 0, shard, sums(config, 0, shard))
+        aggregator.add(0, 0, [shard], sums(config, 0, shard))
     assert aggregator.apply(0)[0].missing == ()
     assert aggregator.step == 1
 
@@ -108,7 +110,7 @@ def test_an_incomplete_step_moves_nothing_and_names_what_is_missing(config: Conf
 def test_a_step_is_done_again_with_coarser_exponents(config: Config) -> None:
     aggregator = Aggregator(config, IMAGE)
     theta = aggregator.broadcast().values
-    aggregator.add(0, 0, 0, sums(config, 0, 0))
+    aggregator.add(0, 0, [0], sums(config, 0, 0))
     names = aggregator.blueprint.sums.names
     again = aggregator.redo(0, 0, range(len(names)))
     assert (again.step, again.attempt) == (0, 1)
@@ -116,12 +118,12 @@ def test_a_step_is_done_again_with_coarser_exponents(config: Config) -> None:
     assert again.values.tobytes() == theta.tobytes()
     assert aggregator.redo(0, 0, [0]).attempt == 1, "the same request twice is one"
     assert aggregator.redo(3, 1, [0]).attempt == 1, "a request for another step is none"
-    assert not aggregator.add(0, 0, 1, sums(config, 0, 1)), "what comes of the first attempt is late"
+    assert not aggregator.add(0, 0, [1], sums(config, 0, 1)), "what comes of the first attempt is late"
     take(aggregator, 0, [3, 1, 0, 2])
     assert aggregator.attempt == 0
     scaled = Aggregator(config, IMAGE)
     for shard in range(SHARDS):  # the same values with the finer exponent
-        scaled.add(0, 0, shard, sums(config, 0, shard) << COARSER_BITS)
+        scaled.add(0, 0, [shard], sums(config, 0, shard) << COARSER_BITS)
     scaled.apply(0)
     assert bits(aggregator.snapshot()) == bits(scaled.snapshot()), "the exponents are no part of the mathematics"
 
@@ -153,9 +155,9 @@ def test_real_shards_in_any_order_with_repetitions(tiny: Callable[..., Config], 
     random = np.random.default_rng(0)
     broadcast = aggregator.broadcast()
     for step in range(config.outer.steps):
-        parts = {shard: worker.compute(broadcast, step, 0, shard)[1] for shard in random.permutation(SHARDS).tolist()}
+        parts = {shard: worker.compute(broadcast, step, 0, [shard])[1] for shard in random.permutation(SHARDS).tolist()}
         for shard in random.permutation([*parts, *parts]).tolist():
-            aggregator.add(step, 0, shard, parts[shard])
+            aggregator.add(step, 0, [shard], parts[shard])
         report, broadcast = aggregator.apply(step)
         assert (report.missing, report.duplicates) == ((), SHARDS)
     values = Blueprint(config, worker.engine.tasks.shape).values
@@ -169,6 +171,6 @@ def test_a_worker_computes_nothing_from_parameters_of_another_step(tiny: Callabl
     worker = Worker(config, [str(prepare(config.data.sources[0]).path)])
     broadcast = Aggregator(config, worker.engine.tasks.shape).broadcast()
     for step, attempt in ((1, 0), (0, 1)):
-        receipt, q = worker.compute(broadcast, step, attempt, 0)
+        receipt, q = worker.compute(broadcast, step, attempt, [0])
         assert not receipt.current
         assert q.size == 0

@@ -27,10 +27,14 @@ def blank() -> Snapshot:
     return Aggregator(CONFIG, IMAGE).snapshot()
 
 
-def sums(item: Item) -> np.ndarray:
-    """Some shard's integers: a function of step, attempt and shard."""
+Call = tuple[str, tuple[Item, ...]]
+
+
+def sums(*items: Item) -> np.ndarray:
+    """The sum of some shards' integers, each a function of step, attempt and shard."""
     size = sum(value.size for value in blank().values.values()) + 2
-    return np.random.default_rng(item).integers(-(2**44), 2**44, size)
+    each = [np.random.default_rng(item).integers(-(2**44), 2**44, size) for item in items]
+    return np.sum(each, axis=0, dtype=np.int64)
 
 
 def reference(redos: list[int]) -> Snapshot:
@@ -40,7 +44,7 @@ def reference(redos: list[int]) -> Snapshot:
         for attempt in range(times):
             aggregator.redo(step, attempt, [0])
         for shard in range(SHARDS):
-            assert aggregator.add(step, times, shard, sums((step, times, shard)))
+            assert aggregator.add(step, times, [shard], sums((step, times, shard)))
         aggregator.apply(step)
     return aggregator.snapshot()
 
@@ -62,8 +66,8 @@ class Run(RuleBasedStateMachine):
         self.aggregator = Aggregator(CONFIG, IMAGE)
         self.step = self.attempt = self.born = 0
         self.redos: list[int] = []
-        self.flying: list[tuple[str, Item]] = []
-        self.answered: list[tuple[str, Item]] = []
+        self.flying: list[Call] = []
+        self.answered: list[Call] = []
         self.counted: list[Item] = []
         for _ in range(workers):
             self.joins()
@@ -89,44 +93,59 @@ class Run(RuleBasedStateMachine):
         self.step, self.attempt = self.step + 1, 0
         self.open_step()
 
-    def answer(self, worker: str, item: Item) -> None:
-        if self.dispatcher.done(worker, item):
-            assert self.aggregator.add(*item, sums(item)), "the dispatcher takes only what the aggregator counts"
-            self.counted.append(item)
+    def add(self, items: tuple[Item, ...]) -> bool:
+        """Items of one call are of one attempt of one step."""
+        (place,) = {item[:2] for item in items}
+        return self.aggregator.add(*place, [item[2] for item in items], sums(*items))
+
+    def answer(self, worker: str, items: tuple[Item, ...]) -> None:
+        """A call's result, as the driver takes it: the whole sum or, where a part of it counts already, none of it."""
+        if all(item in self.dispatcher.open for item in items):
+            assert all(self.dispatcher.done(worker, item) for item in items)
+            assert self.add(items), "the dispatcher takes only what the aggregator counts"
+            self.counted += items
         else:
-            assert not self.aggregator.add(*item, sums(item)), "the aggregator drops what the dispatcher drops"
+            for item in items:
+                self.dispatcher.again(worker, item)
+            assert not self.add(items), "the aggregator drops what the dispatcher drops"
         self.finish_step_if_complete()
         self.hand_out()
 
     @precondition(lambda self: self.flying)
     @rule(data=st.data())
     def result(self, data: st.DataObject) -> None:
-        worker, item = self.flying.pop(data.draw(st.integers(0, len(self.flying) - 1)))
-        self.answered.append((worker, item))
-        self.answer(worker, item)
+        worker, items = self.flying.pop(data.draw(st.integers(0, len(self.flying) - 1)))
+        self.answered.append((worker, items))
+        self.answer(worker, items)
 
     @precondition(lambda self: self.answered)
     @rule(data=st.data())
     def the_same_result_again(self, data: st.DataObject) -> None:
-        worker, item = data.draw(st.sampled_from(self.answered[-20:]))
-        if (worker, item) not in self.flying:  # else it would be the first answer to a second question
-            self.answer(worker, item)
+        worker, items = data.draw(st.sampled_from(self.answered[-20:]))
+        under_way = {item for w, flying in self.flying if w == worker for item in flying}
+        if under_way.isdisjoint(items):  # else it would be the first answer to a second question
+            self.answer(worker, items)
 
     @precondition(lambda self: self.flying)
     @rule(data=st.data())
     def unusable(self, data: st.DataObject) -> None:
-        worker, item = self.flying.pop(data.draw(st.integers(0, len(self.flying) - 1)))
-        self.dispatcher.again(worker, item)
+        worker, items = self.flying.pop(data.draw(st.integers(0, len(self.flying) - 1)))
+        failed = data.draw(st.sampled_from(items))
+        self.dispatcher.again(worker, failed)
+        rest = tuple(item for item in items if item != failed)
+        if rest:
+            self.answer(worker, rest)
         self.hand_out()
-        repeated = [w for w, i in self.flying if i == item]
-        if item in self.dispatcher.open and len(self.dispatcher.held) > 1:
+        repeated = [w for w, flying in self.flying if failed in flying]
+        if failed in self.dispatcher.open and len(self.dispatcher.held) > 1:
             assert worker not in repeated, "a failed shard goes to another worker where there is one"
 
     @precondition(lambda self: self.flying and self.attempt < 2)
     @rule(data=st.data())
     def exceeds_its_bound(self, data: st.DataObject) -> None:
-        worker, item = self.flying.pop(data.draw(st.integers(0, len(self.flying) - 1)))
-        if not self.dispatcher.done(worker, item):  # late: it changes nothing but frees its place
+        worker, items = self.flying.pop(data.draw(st.integers(0, len(self.flying) - 1)))
+        taken = [self.dispatcher.done(worker, item) for item in items]
+        if not any(taken):  # late: it only frees its place
             self.hand_out()
             return
         broadcast = self.aggregator.redo(self.step, self.attempt, [0])
@@ -147,7 +166,7 @@ class Run(RuleBasedStateMachine):
     def dies(self, data: st.DataObject, replaced: bool) -> None:
         worker = data.draw(st.sampled_from(sorted(self.dispatcher.held)))
         lost = self.dispatcher.leave(worker)
-        assert set(lost) <= {item for w, item in self.flying if w == worker}
+        assert set(lost) <= {item for w, items in self.flying if w == worker for item in items}
         self.flying = [call for call in self.flying if call[0] != worker]
         if replaced:
             self.joins()
@@ -160,7 +179,7 @@ class Run(RuleBasedStateMachine):
     @invariant()
     def what_is_held_is_under_way(self) -> None:
         held = sorted((worker, item) for worker, items in self.dispatcher.held.items() for item in items)
-        assert held == sorted(self.flying)
+        assert held == sorted((worker, item) for worker, items in self.flying for item in items)
 
     @invariant()
     def nothing_is_forgotten(self) -> None:
@@ -196,7 +215,24 @@ def test_the_least_loaded_worker_gets_the_next_shard() -> None:
     dispatcher.join("a")
     dispatcher.join("b")
     dispatcher.add(range(3))
-    assert dispatcher.assign() == [("a", 0), ("b", 1), ("a", 2)]
+    assert dispatcher.assign() == [("a", (0, 2)), ("b", (1,))]
+
+
+def test_one_call_each_where_nothing_is_left_for_later_else_a_second_one_waits() -> None:
+    dispatcher: Dispatcher[int] = Dispatcher()
+    dispatcher.join("a")
+    dispatcher.join("b")
+    dispatcher.add(range(2 * DEPTH))
+    assert dispatcher.assign() == [("a", (0, 2, 4, 6)), ("b", (1, 3, 5, 7))]
+    dispatcher.drop()
+    for worker in "ab":
+        for item in range(2 * DEPTH):
+            dispatcher.done(worker, item)
+    dispatcher.add(range(10, 19))
+    assert dispatcher.assign() == [("a", (10, 12)), ("a", (14, 16)), ("b", (11, 13)), ("b", (15, 17))]
+    dispatcher.done("a", 10)
+    dispatcher.done("a", 12)
+    assert dispatcher.assign() == [("a", (18,))]
 
 
 def test_workers_that_are_equally_fast_get_equally_much() -> None:
@@ -204,11 +240,18 @@ def test_workers_that_are_equally_fast_get_equally_much() -> None:
     for worker in "abc":
         dispatcher.join(worker)
     dispatcher.add(range(30))
-    flying = dispatcher.assign()
-    while flying:
-        assert dispatcher.done(*flying.pop(0))
-        flying += dispatcher.assign()
+    busy_until = dict.fromkeys("abc", 0)
+    flying: list[tuple[int, str, tuple[int, ...]]] = []
+    now = 0
+    while dispatcher.open:
+        for worker, items in dispatcher.assign():  # an item takes one unit of time
+            busy_until[worker] = max(now, busy_until[worker]) + len(items)
+            flying.append((busy_until[worker], worker, items))
+        flying.sort()
+        now, worker, items = flying.pop(0)
+        assert all(dispatcher.done(worker, item) for item in items)
     assert dispatcher.counted == {"a": 10, "b": 10, "c": 10}
+    assert now == 10, "nobody waited"
 
 
 def test_a_failed_shard_goes_to_its_own_worker_where_there_is_no_other() -> None:
@@ -217,4 +260,4 @@ def test_a_failed_shard_goes_to_its_own_worker_where_there_is_no_other() -> None
     dispatcher.add([0])
     dispatcher.assign()
     dispatcher.again("a", 0)
-    assert dispatcher.assign() == [("a", 0)]
+    assert dispatcher.assign() == [("a", (0,))]

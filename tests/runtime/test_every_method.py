@@ -57,15 +57,14 @@ def test_same_bits(
     for step in range(STEPS):
         broadcast = alone.broadcast()
         moved = [
-            hosts[shard].compute.remote(config, paths, broadcast, step, broadcast.attempt, shard) for shard in (0, 1)
+            hosts[shard].compute.remote(config, paths, broadcast, step, broadcast.attempt, [shard]) for shard in (0, 1)
         ]
-        for shard in (0, 1):
-            receipt, q = here.compute(broadcast, step, broadcast.attempt, shard)
-            assert receipt.current
-            assert receipt.finite
-            alone.add(step, broadcast.attempt, shard, q)
+        receipt, q = here.compute(broadcast, step, broadcast.attempt, (0, 1))
+        assert receipt.current
+        assert receipt.summed == (0, 1)
+        assert alone.add(step, broadcast.attempt, receipt.summed, q)
         for shard in (1, 0):
-            apart.add(step, broadcast.attempt, shard, ray.get(moved[shard])[1])
+            assert apart.add(step, broadcast.attempt, [shard], ray.get(moved[shard])[1])
         reports = [aggregator.apply(step)[0] for aggregator in (alone, apart)]
         assert reports[0] == reports[1]
         assert not reports[0].missing
@@ -76,9 +75,12 @@ def test_same_bits(
     # And what a checkpoint holds is all of it: an aggregator made from it takes the next step to the same bits.
     resumed = Aggregator(config, tasks.shape, one, tasks.classes)
     broadcast = alone.broadcast()
-    for shard in (0, 1):
-        _, q = here.compute(broadcast, STEPS, broadcast.attempt, shard)
-        alone.add(STEPS, broadcast.attempt, shard, q)
-        resumed.add(STEPS, broadcast.attempt, shard, q)
+    receipt, q = here.compute(broadcast, STEPS, broadcast.attempt, (0, 1))
+    while receipt.exceeding:  # the step is done again with coarser exponents, like any other
+        broadcast = alone.redo(STEPS, broadcast.attempt, receipt.exceeding)
+        resumed.redo(STEPS, resumed.attempt, receipt.exceeding)
+        receipt, q = here.compute(broadcast, STEPS, broadcast.attempt, (0, 1))
+    for aggregator in (alone, resumed):
+        assert aggregator.add(STEPS, broadcast.attempt, receipt.summed, q)
     assert alone.apply(STEPS)[0] == resumed.apply(STEPS)[0]
     assert np.array_equal(alone.broadcast().values, resumed.broadcast().values)
