@@ -2,7 +2,7 @@
 PYTHON ?= python3
 METADIST := .venv/bin/metadist
 
-.PHONY: train test lint clean
+.PHONY: train test lint peers clean
 train: .venv/installed
 	$(METADIST) train quickstart
 
@@ -14,6 +14,16 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+# The libraries that some tests compare with. learn2learn's release ships C files of an old Cython: made anew here.
+peers: .venv/installed
+	.venv/bin/python -m pip install --quiet --editable '.[peers]'
+	.venv/bin/python -m venv .venv/learn2learn
+	.venv/learn2learn/bin/python -m pip install --quiet 'cython<3' 'setuptools<81' wheel
+	cd .venv/learn2learn && ../bin/python -m pip download --quiet --no-deps --no-binary :all: learn2learn==0.2.0
+	cd .venv/learn2learn && tar -xzf learn2learn-0.2.0.tar.gz && rm -f learn2learn-0.2.0/learn2learn/data/*.c
+	cd .venv/learn2learn/learn2learn-0.2.0 && ../bin/python setup.py --quiet build_ext bdist_wheel
+	.venv/bin/python -m pip install --quiet --no-deps .venv/learn2learn/learn2learn-0.2.0/dist/*.whl
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; say make PYTHON=python3.x" if sys.version_info < (3, 11) else 0)'
