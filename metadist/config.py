@@ -18,7 +18,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from metadist.errors import ConfigError
-from metadist.methods import AnyAlgorithm, InnerLoop, Maml, Reptile, every_method
+from metadist.methods import AnyAlgorithm, InnerLoop, Maml, every_method
 from metadist.tree import AtLeastTwo, Count, NonNegative, Number, Positive, Rate, Tree
 
 
@@ -209,8 +209,6 @@ class Config(Tree):
         for key, default, readers in UNREAD:
             if getattr(self.model, key) != default and self.model.name not in readers:
                 raise ValueError(f"model.{key}: is read by model.name={' or '.join(readers)} only")
-        if isinstance(self.algorithm, Reptile) and self.model.statistics == "running":
-            raise ValueError("model.statistics: reptile keeps no running statistics; valid is support")
         if self.model.statistics == "running" and self.model.norm != "batch":
             raise ValueError("model.statistics: running goes with model.norm=batch")
         for index, changes in enumerate(self.eval.also):
@@ -219,6 +217,13 @@ class Config(Tree):
                 raise ValueError(
                     f"eval.also.{index}: unknown key {unknown[0]}{_did_you_mean(unknown[0], EVAL_EPISODE_KEYS)}"
                 )
+        for key, ways in self.judged("ways"):
+            if self.kind == "classification" and method.class_bound and ways not in (None, self.task.ways):
+                raise ValueError(
+                    f"{key}: {method.name} learns a head of task.ways={self.task.ways} classes and cannot be judged "
+                    f"on {ways}; valid is {self.task.ways}, or a metric method such as protonet"
+                )
+        method.check(self)
         return self
 
     def _regression(self) -> None:
@@ -230,8 +235,20 @@ class Config(Tree):
         for key in ("within_group", "rotate"):
             if getattr(self.task, key):
                 raise ValueError(f"task.{key}: is read with images only, not with data.name={name}")
-        if self.eval.ways is not None:
-            raise ValueError(f"eval.ways: counts classes; data.name={name} has none")
+        counted = [("task.ways", None if self.task.ways == Task().ways else self.task.ways), *self.judged("ways")]
+        for key, ways in counted:
+            if ways is not None:
+                raise ValueError(f"{key}: counts classes; data.name={name} has none")
+
+    def judged(self, key: str) -> list[tuple[str, Any]]:
+        """A key of `eval` as every meta-test has it: where it stands, and its value."""
+        also = [(f"eval.also.{n}.{key}", changes.get(key)) for n, changes in enumerate(self.eval.also)]
+        return [(f"eval.{key}", getattr(self.eval, key)), *also]
+
+    @property
+    def shard(self) -> int:
+        """Tasks of a shard, by the fixed rule where `task.shard` is auto."""
+        return default_shard(self.task.meta_batch) if self.task.shard == "auto" else self.task.shard
 
     @property
     def kind(self) -> Literal["classification", "regression"]:
@@ -391,7 +408,7 @@ def resolve(config: Config) -> Config:
     if device == "cpu" and gpus not in ("auto", 0, 0.0):
         raise ConfigError(f"cluster.gpus: {gpus} reserves GPUs that engine.device=cpu would not use")
     return config.with_values(
-        task={"shard": default_shard(config.task.meta_batch) if config.task.shard == "auto" else config.task.shard},
+        task={"shard": config.shard},
         engine={"mode": "vectorised" if config.engine.mode == "auto" else config.engine.mode, "device": device},
         cluster={
             "cpus": float(config.engine.threads) if config.cluster.cpus == "auto" else config.cluster.cpus,

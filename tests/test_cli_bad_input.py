@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from metadist.config import Config
+from metadist.data.sources import prepare
+
 Refused = Callable[..., Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built(one_cache: Path) -> None:
+    """The embedded data set, so that no command tells of building it beside its one line."""
+    prepare(Config().data.sources[0])
 
 
 @pytest.fixture(autouse=True)

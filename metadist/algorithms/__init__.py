@@ -7,7 +7,6 @@ from metadist.algorithms.algorithm import Algorithm, Normalisation
 from metadist.algorithms.context import Context
 from metadist.algorithms.objective import OBJECTIVES
 from metadist.config import Config
-from metadist.errors import ConfigError
 from metadist.models import build as build_network
 
 Queries = Literal["together", "support", "running"]
@@ -20,16 +19,7 @@ def for_training(config: Config, shape: tuple[int, ...], classes: int = 0) -> Al
 
 
 def for_evaluation(config: Config, shape: tuple[int, ...], classes: int = 0) -> Algorithm:
-    """The same method as it is judged: `eval` says which steps and which statistics.
-
-    Raises ConfigError for more or fewer ways than a class-bound head has.
-    """
-    if config.eval.ways not in (None, config.task.ways) and config.algorithm.class_bound:
-        raise ConfigError(
-            f"eval.ways: {config.algorithm.name} learns a head of task.ways={config.task.ways} classes "
-            f"and cannot be judged on {config.eval.ways}; valid is {config.task.ways}, "
-            f"or a metric method such as protonet"
-        )
+    """The same method as it is judged: `eval` says which steps and which statistics."""
     transductive = config.task.transductive if config.eval.transductive is None else config.eval.transductive
     return _build(config, shape, classes, "together" if transductive else config.model.statistics, judged=True)
 

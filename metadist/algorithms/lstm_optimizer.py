@@ -21,7 +21,6 @@ from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, Sta
 from metadist.algorithms.context import Context
 from metadist.algorithms.coordinates import flatten, preprocessed, unflatten
 from metadist.algorithms.objective import CLASSIFICATION, Objective
-from metadist.errors import ConfigError
 from metadist.methods.learned import LstmOptimizer
 from metadist.models.layers import init_linear, linear
 from metadist.models.lstm import blank, init_lstm, lstm
@@ -96,8 +95,6 @@ class LSTMOptimizer:
 
 def build(method: LstmOptimizer, context: Context) -> LSTMOptimizer:
     """Of a config."""
-    if method.start == "fixed" and context.config.outer.weight_decay:
-        raise ConfigError("outer.weight_decay: would shrink the initialisation that algorithm.start=fixed keeps")
     return LSTMOptimizer(
         context.normalisation,
         method.inner_lr,

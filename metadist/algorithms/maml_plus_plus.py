@@ -27,7 +27,6 @@ from metadist.algorithms.context import Context
 from metadist.algorithms.descent import Rates, on_queries, on_support
 from metadist.algorithms.descent import step as one_step
 from metadist.algorithms.objective import CLASSIFICATION, Objective
-from metadist.errors import ConfigError
 from metadist.methods.gradient import MamlPlusPlus as Keys
 from metadist.models.network import Params, Statistics
 from metadist.tasks.episode import Episode, Examples
@@ -112,17 +111,9 @@ class MAMLPlusPlus:
 
 
 def build(method: Keys, context: Context) -> MAMLPlusPlus:
-    """Of a config. Raises ConfigError for an evaluation with more steps than were learned."""
+    """Of a config."""
     trained = context.config.algorithm
     assert isinstance(trained, Keys)
-    affine = method.per_step_affine and context.config.model.norm != "none"
-    statistics = method.per_step_statistics and context.normalisation.keep
-    by_step = method.learned_rates or affine or statistics
-    if by_step and method.inner_steps > trained.inner_steps:
-        raise ConfigError(
-            f"eval.inner_steps: maml++ learns what belongs to each of its {trained.inner_steps} inner steps "
-            f"and cannot take {method.inner_steps}; valid is 0 to {trained.inner_steps}"
-        )
     return MAMLPlusPlus(
         context.normalisation,
         method.inner_lr,

@@ -16,7 +16,6 @@ from torch import Tensor
 from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
 from metadist.algorithms.context import Context
 from metadist.algorithms.objective import CLASSIFICATION, Objective
-from metadist.errors import ConfigError
 from metadist.methods.baseline import Scratch as Keys
 from metadist.models.network import Params
 from metadist.tasks.episode import Episode, Examples
@@ -71,11 +70,7 @@ class Scratch:
 
 
 def build(method: Keys, context: Context) -> Scratch:
-    """Of a config. Raises ConfigError for what would need, or be, meta-training."""
-    if context.config.outer.weight_decay:
-        raise ConfigError("outer.weight_decay: would move what scratch never trains; valid is 0")
-    if context.normalisation.keep:
-        raise ConfigError("model.statistics: scratch keeps no running statistics; valid is support")
+    """Of a config."""
     return Scratch(
         context.normalisation, method.inner_lr, method.inner_steps, method.inner_optimizer, context.objective
     )

@@ -36,8 +36,6 @@ from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, Sta
 from metadist.algorithms.context import Context
 from metadist.algorithms.descent import descend, on_queries, on_support
 from metadist.algorithms.objective import CLASSIFICATION, Objective
-from metadist.config import Config, default_shard
-from metadist.errors import ConfigError
 from metadist.methods.conditioned import TaskConditioned as Keys
 from metadist.models import build as build_network
 from metadist.models.layers import init_linear, linear
@@ -123,24 +121,8 @@ def contrastive(embeddings: Tensor, family: Tensor, margin: float) -> Tensor:
     )
 
 
-def refuse_without_negatives(config: Config) -> None:
-    """Raises ConfigError where all tasks of every shard are of one family."""
-    task = config.task
-    shard = default_shard(task.meta_batch) if task.shard == "auto" else task.shard
-    if shard < 2:
-        raise ConfigError(
-            f"task.shard: task-conditioned compares the tasks of a shard; {shard} leaves none, 2 is valid"
-        )
-    if config.kind == "classification" and not task.within_group and len(config.data.sources) < 2:
-        raise ConfigError(
-            "task.within_group: task-conditioned tells families of tasks apart, and without it all are of one; "
-            "valid is true, or a list of data sets in data.name"
-        )
-
-
 def build(method: Keys, context: Context) -> TaskConditioned:
-    """Of a config. Raises ConfigError where no two tasks of a shard can differ in family."""
-    refuse_without_negatives(context.config)
+    """Of a config."""
     model = context.config.model
     norm = "layer" if model.norm == "batch" else model.norm
     model = model.model_copy(update={"width": method.encoder_width, "norm": norm})

@@ -69,8 +69,7 @@ class Engine:
         self.blueprint = Blueprint(config, shape, classes)
         self._compute = ENGINES[config.engine.mode]
         self._judge = JUDGES[config.engine.mode]
-        assert isinstance(config.task.shard, int)
-        self.shard_tasks = config.task.shard
+        self.shard_tasks = config.shard
         self.shards = config.task.meta_batch // self.shard_tasks
         self._judged: dict[tuple[str, str], tuple[Sampler, Algorithm]] = {}
 

@@ -32,11 +32,10 @@ def embeddings(
     blueprint = Blueprint(config, sampler.shape)
     theta = {name: values[name] for name in blueprint.theta}
     state = {name: values[name] for name in blueprint.state}
-    assert isinstance(config.task.shard, int)
     rows: list[dict[str, Any]] = []
     with one_thread(), torch.no_grad():
-        for first in range(0, tasks, config.task.shard):
-            episodes = sampler.sample(0, first, min(config.task.shard, tasks - first))
+        for first in range(0, tasks, config.shard):
+            episodes = sampler.sample(0, first, min(config.shard, tasks - first))
             found = vmap(lambda support: algorithm.embed(theta, state, support))(episodes.support)
             for offset, (vector, family) in enumerate(zip(found, episodes.family.tolist(), strict=True)):
                 name = sampler.families[family]

@@ -15,7 +15,7 @@ from metadist.methods.memory import Mann, MetaNet
 from metadist.methods.method import Algorithm, InnerLoop
 from metadist.methods.metric import R2D2, Matching, ProtoNet, Relation, Siamese
 
-__all__ = ["AnyAlgorithm", "InnerLoop", "Maml", "ProtoNet", "Reptile", "every_method"]
+__all__ = ["AnyAlgorithm", "InnerLoop", "Maml", "ProtoNet", "every_method"]
 
 AnyAlgorithm = Annotated[
     Maml | Anil | Boil | Reptile | MetaSgd | MamlPlusPlus | Imaml

@@ -1,6 +1,6 @@
 """What a method has to beat: no meta-training at all, and plain pre-training."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,13 @@ class Scratch(InnerLoop):
     inner_lr: Rate = Field(0.01, description="rate of the training on a support set")
     inner_steps: Count = Field(50, description="full-batch steps on it")
     inner_optimizer: Literal["sgd", "adam"] = Field("adam", description="adam has β1 = 0.9, β2 = 0.999, ε = 1e-8")
+
+    def check(self, config: Any) -> None:
+        """Nothing may need meta-training, or be it."""
+        if config.outer.weight_decay:
+            raise ValueError("outer.weight_decay: would move what scratch never trains; valid is 0")
+        if config.model.statistics == "running":
+            raise ValueError("model.statistics: scratch keeps no running statistics; valid is support")
 
 
 class BaselinePlusPlus(Algorithm):

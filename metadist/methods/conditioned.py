@@ -1,6 +1,6 @@
 """Methods whose initialisation depends on an embedding of the task."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -22,3 +22,16 @@ class TaskConditioned(InnerLoop):
     margin: Annotated[float, Field(gt=0, le=2), Number] = Field(
         1.0, description="up to which other families are held apart; unit vectors are at most 2 apart"
     )
+
+    def check(self, config: Any) -> None:
+        """Two tasks of a shard must be able to differ in family."""
+        if config.shard < 2:
+            raise ValueError(
+                f"task.shard: task-conditioned compares the tasks of a shard; {config.shard} leaves none, 2 is valid"
+            )
+        one_source = not isinstance(config.data.name, list) or len(config.data.name) < 2
+        if config.kind == "classification" and not config.task.within_group and one_source:
+            raise ValueError(
+                "task.within_group: task-conditioned tells families of tasks apart, and without it all are of one; "
+                "valid is true, or a list of data sets in data.name"
+            )

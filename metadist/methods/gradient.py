@@ -1,6 +1,6 @@
 """Methods that learn where gradient descent starts, or how far it goes."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -38,6 +38,11 @@ class Reptile(InnerLoop):
         if self.moments == "kept" and self.inner_optimizer == "sgd":
             raise ValueError("moments: are adam's; valid with algorithm.inner_optimizer=sgd is fresh")
         return self
+
+    def check(self, config: Any) -> None:
+        """Its direction has no place for statistics."""
+        if config.model.statistics == "running":
+            raise ValueError("model.statistics: reptile keeps no running statistics; valid is support")
 
 
 class Anil(InnerLoop):
@@ -87,6 +92,19 @@ class MamlPlusPlus(InnerLoop):
     per_step_statistics: bool = Field(
         True, description="with model.statistics=running: running statistics for every number of inner steps"
     )
+
+    def check(self, config: Any) -> None:
+        """No evaluation takes more steps than were learned."""
+        affine = self.per_step_affine and config.model.norm != "none"
+        statistics = self.per_step_statistics and config.model.statistics == "running"
+        if not (self.learned_rates or affine or statistics):
+            return
+        for key, steps in config.judged("inner_steps"):
+            if steps is not None and steps > self.inner_steps:
+                raise ValueError(
+                    f"{key}: maml++ learns what belongs to each of its {self.inner_steps} inner steps "
+                    f"and cannot take {steps}; valid is 0 to {self.inner_steps}"
+                )
 
 
 class Imaml(InnerLoop):

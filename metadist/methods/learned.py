@@ -1,6 +1,6 @@
 """Learned optimizers: the inner loop's update rule is a recurrent network."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,6 +25,11 @@ class LstmOptimizer(InnerLoop):
     trajectory: NonNegative = Field(
         0.0, description="w: support loss after each update, added to the query loss of the last one"
     )
+
+    def check(self, config: Any) -> None:
+        """A fixed start stays where it is."""
+        if self.start == "fixed" and config.outer.weight_decay:
+            raise ValueError("outer.weight_decay: would shrink the initialisation that algorithm.start=fixed keeps")
 
 
 class LstmLearner(InnerLoop):

@@ -1,6 +1,6 @@
 """What every method's node of the config tree has."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -20,6 +20,9 @@ class Algorithm(Tree):
     """whether it also learns regression tasks"""
     finetunable: ClassVar[bool] = False
     """whether `eval.finetune_steps` can adapt it further at test"""
+
+    def check(self, config: Any) -> None:
+        """Raise ValueError where other keys of the whole config do not go with this method."""
 
     @classmethod
     def method_name(cls) -> str:

@@ -57,9 +57,8 @@ class Aggregator:
     def __init__(
         self, config: Config, shape: tuple[int, ...], snapshot: Snapshot | None = None, classes: int = 0
     ) -> None:
-        assert isinstance(config.task.shard, int)
         self.config, self.blueprint = config, Blueprint(config, shape, classes)
-        self.shards = config.task.meta_batch // config.task.shard
+        self.shards = config.task.meta_batch // config.shard
         theta, state = self.blueprint.theta, self.blueprint.state
         self.step, self.exponents = 0, first_exponents(self.blueprint.sums)
         if snapshot is not None:

@@ -65,9 +65,8 @@ class OnRay:
         self._evaluations = 0
         self._alone_since: float | None = None
         self._dispatcher: Dispatcher[Item] = Dispatcher()
-        assert isinstance(config.task.shard, int)
-        self._size = config.task.shard
-        self._per_step = config.task.meta_batch // config.task.shard
+        self._size = config.shard
+        self._per_step = config.task.meta_batch // config.shard
         try:
             check_resources(self.ray, config.cluster)
             self._start_aggregator(snapshot)

@@ -33,7 +33,7 @@ def configured(algorithm, what="stride2", how="together", **more) -> Config:
         model["statistics"] = "running"
     task = {"ways": 4, "shots": 2, "queries": 2, "transductive": how == "together"}
     if what == "sinusoid":
-        task |= {"shots": 6, "queries": 5}
+        task = {"shots": 6, "queries": 5, "transductive": how == "together"}
         model = {"width": 7, "norm": "none", "activation": "tanh", **model}
     return config_of(
         task=task, model=model, algorithm=algorithm, data={"name": "sinusoid"} if what == "sinusoid" else {}

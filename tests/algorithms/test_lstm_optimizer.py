@@ -20,7 +20,6 @@ from inner_loop_checks import (
 )
 from plain_reference import method, one_of, parameters, stored
 
-from metadist.algorithms import for_training
 from metadist.algorithms.coordinates import preprocessed
 from metadist.config import validate
 from metadist.engine.engine import Blueprint
@@ -115,9 +114,8 @@ def test_a_fixed_start_stays_and_the_optimizer_moves():
 
 
 def test_a_fixed_start_bears_no_weight_decay():
-    config = validate({"algorithm": METHOD | {"start": "fixed"}, "outer": {"weight_decay": 0.01}}, "test")
     with pytest.raises(ConfigError, match=r"outer\.weight_decay: .* algorithm\.start=fixed"):
-        for_training(config, (1, 28, 28))
+        validate({"algorithm": METHOD | {"start": "fixed"}, "outer": {"weight_decay": 0.01}}, "test")
 
 
 def test_the_optimizer_does_not_depend_on_the_network():

@@ -22,7 +22,7 @@ from inner_loop_checks import (
 )
 from plain_reference import config_of, maml_task, one_of, parameters, relative, stored
 
-from metadist.algorithms import for_evaluation, for_training
+from metadist.algorithms import for_training
 from metadist.engine.shard import loop, vectorised
 from metadist.errors import ConfigError
 
@@ -203,10 +203,12 @@ def test_without_rows_there_is_one_set_of_running_statistics():
 @pytest.mark.parametrize("switch", ["learned_rates", "per_step_affine", "per_step_statistics"])
 def test_more_steps_than_were_learned_are_refused(switch):
     how = "running" if switch == "per_step_statistics" else "support"
-    config = configured(maml_pp(**ALONE[switch]), how=how).with_values(eval={"inner_steps": 4})
-    with pytest.raises(ConfigError, match=r"^eval.inner_steps: .* 3 inner steps .* 4; valid is 0 to 3$"):
-        for_evaluation(config, SHAPES["stride2"])
-    for_evaluation(config.with_values(eval={"inner_steps": 3}), SHAPES["stride2"])
+    config = configured(maml_pp(**ALONE[switch]), how=how)
+    config.with_values(eval={"inner_steps": 3})
+    with pytest.raises(ConfigError, match=r"eval.inner_steps: .* 3 inner steps .* 4; valid is 0 to 3$"):
+        config.with_values(eval={"inner_steps": 4})
+    with pytest.raises(ConfigError, match=r"eval.also.1.inner_steps: .* cannot take 9; valid is 0 to 3$"):
+        config.with_values(eval={"also": [{"inner_steps": 1}, {"inner_steps": 9}]})
 
 
 @pytest.mark.parametrize("switch", ["multi_step_loss", "first_order_steps", "per_step_statistics"])

@@ -7,7 +7,6 @@ from metric_checks import IMAGES, check_queries_are_independent, configured, err
 from plain_reference import network, stored
 from tiny_clusters import Clusters
 
-from metadist.algorithms import for_evaluation
 from metadist.algorithms.mann import shuffled
 from metadist.errors import ConfigError
 
@@ -152,9 +151,8 @@ def test_the_order_of_the_training_sequence_changes_with_step_and_classes():
 
 
 def test_other_ways_and_a_memory_too_small_are_refused():
-    config = configured(METHOD, "mlp").with_values(eval={"ways": 3})
     with pytest.raises(ConfigError, match=r"eval\.ways: mann learns a head of task\.ways=4 classes"):
-        for_evaluation(config, IMAGES["mlp"])
+        configured(METHOD, "mlp").with_values(eval={"ways": 3})
     with pytest.raises(ConfigError, match=r"algorithm\.slots: 2 slots, of which every step empties reads=2"):
         configured({**METHOD, "slots": 2})
 

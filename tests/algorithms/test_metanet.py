@@ -16,7 +16,6 @@ from metric_checks import (
 from plain_reference import episodes_of, method, network, parameters, relative, stored
 from tiny_clusters import Clusters
 
-from metadist.algorithms import for_evaluation
 from metadist.engine.engine import Blueprint
 from metadist.engine.shard import vectorised
 from metadist.errors import ConfigError
@@ -151,7 +150,7 @@ def test_renaming_the_classes_with_their_weights_renames_the_answers():
 
 def test_other_ways_are_refused():
     with pytest.raises(ConfigError, match=r"eval\.ways: metanet learns a head of task\.ways=4 classes"):
-        for_evaluation(configured(METHOD, "mlp").with_values(eval={"ways": 3}), IMAGES["mlp"])
+        configured(METHOD, "mlp").with_values(eval={"ways": 3})
 
 
 def test_adapting_is_what_training_does():

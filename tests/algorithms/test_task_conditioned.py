@@ -219,7 +219,7 @@ def test_a_run_without_negatives_is_refused():
         ({"meta_batch": 2, "shard": "auto"}, r"task\.shard: .* 1 leaves none"),
     ):
         with pytest.raises(ConfigError, match=line):
-            for_training(configured("mlp").with_values(task=changes), IMAGES["mlp"])
+            configured("mlp").with_values(task=changes)
 
 
 # --- learning --------------------------------------------------------------------

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from metadist.config import Config
+from metadist.config import Config, validate
 from metadist.data.table import Split, Table
 from metadist.errors import DataError
 from metadist.tasks.few_shot import FewShot
@@ -295,7 +295,7 @@ def test_what_eval_leaves_open_is_the_tasks():
 
 
 def test_the_message_names_the_section_that_asks_for_too_much():
-    config = Config().with_values(task={"ways": 3}, eval={"ways": 5})
+    config = validate({"algorithm": {"name": "protonet"}, "task": {"ways": 3}, "eval": {"ways": 5}}, "test")
     training_tasks(config, [make_table()], "cpu")
     with pytest.raises(DataError, match=r"^eval\.ways: 5"):
         evaluation_tasks(config, [make_table()], "test", "cpu")
