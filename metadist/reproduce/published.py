@@ -25,13 +25,17 @@ class Published(Tree):
 
 
 class Line(Tree):
-    """One row: a job, what its paper reports, and how its recipe is cut for the short budget."""
+    """One row: a job, what its paper reports, and how its recipe is cut for the short budget.
+
+    aim: what the cut recipe is expected to reach at least, or at most for an error.
+    """
 
     method: str
     setting: str
     job: str
     published: Published | None = None
     short: tuple[str, ...] = ()
+    aim: float | None = None
 
 
 class PublishedTable(Tree):

@@ -34,9 +34,16 @@ def markdown(table: PublishedTable, budget: str, rows: Sequence[Outcome]) -> str
     """The table, and below it the command of every row."""
     lines = [f"# {table.title}: {budget} budget", "", f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
     lines += [f"| {' | '.join(_cells(table, row))} |" for row in rows]
-    missed = [row.line.method for row in rows if row.falls_short(table.measure == "accuracy")]
+    higher = table.measure == "accuracy"
+    missed = [row.line.method for row in rows if row.falls_short(higher)]
     if missed and budget == "paper":
         lines += ["", f"Below the published figure by more than the intervals: {', '.join(missed)}."]
+    missed = [f"{row.line.method} ({row.line.aim:g})" for row in rows if row.misses_its_aim(higher)]
+    if missed and budget == "short":
+        lines += ["", f"Worse than the aim of the short budget: {', '.join(missed)}."]
+    told = [_curve(row) for row in rows if row.curve]
+    if told:
+        lines += ["", "Meta-validation on the way, by meta-step:", "", *told]
     unverified = [row.line.method for row in rows if row.line.published and not row.line.published.verified]
     if unverified:
         lines += ["", f"Published figures quoted second-hand: {', '.join(unverified)}."]
@@ -71,6 +78,13 @@ def _cells(table: PublishedTable, row: Outcome) -> list[str]:
     ]
 
 
+def _curve(row: Outcome) -> str:
+    """At most some ten points of it."""
+    every = -(-len(row.curve) // 10)
+    points = row.curve[::-1][::every][::-1]
+    return f"- {row.line.method}, {row.line.setting}: {', '.join(f'{step:,}: {value:.4g}' for step, value in points)}"
+
+
 def _figure(table: PublishedTable, value: float, ci95: float | None) -> str:
     if table.measure == "accuracy":
         return ACCURACY.interval(value / 100, None if ci95 is None else ci95 / 100, 2)
@@ -95,6 +109,8 @@ def _record(table: PublishedTable, budget: str, row: Outcome) -> dict[str, Any]:
         "transductive": row.transductive,
         "steps": row.steps,
         "seconds": row.seconds,
+        "aim": row.line.aim,
+        "curve": [{"step": step, "value": value} for step, value in row.curve],
         "hardware": row.hardware,
         "command": row.command,
         "problem": row.problem or None,

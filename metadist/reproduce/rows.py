@@ -17,7 +17,10 @@ from metadist.reproduce.published import Line, PublishedTable
 
 @dataclass(frozen=True)
 class Outcome:
-    """Our side of a row. value, ci95: in the table's unit; problem: why there is none."""
+    """Our side of a row.
+
+    value, ci95: in the table's unit; curve: (meta-step, validation) on the way there; problem: why there is none.
+    """
 
     line: Line
     command: str
@@ -28,6 +31,7 @@ class Outcome:
     seconds: float = 0.0
     transductive: bool | None = None
     hardware: str = ""
+    curve: tuple[tuple[int, float], ...] = ()
     problem: str = ""
 
     @property
@@ -36,6 +40,12 @@ class Outcome:
         if self.value is None or self.line.published is None:
             return None
         return self.value - self.line.published.value
+
+    def misses_its_aim(self, higher_is_better: bool) -> bool:
+        """Whether ours is worse than what the short budget is expected to reach."""
+        if self.value is None or self.line.aim is None:
+            return False
+        return self.value < self.line.aim if higher_is_better else self.value > self.line.aim
 
     def falls_short(self, higher_is_better: bool) -> bool:
         """Whether ours is worse than the published figure by more than both intervals."""
@@ -84,10 +94,21 @@ def run_row(
         if done.returncode != 0:
             lines = [text for text in log.read_text(errors="replace").splitlines() if text.strip()]
             return Outcome(line, command, problem=(lines or ["no output"])[-1][:200])
-    return _outcome(table, line, command, json.loads((folder / "result.json").read_text()))
+    result = json.loads((folder / "result.json").read_text())
+    return _outcome(table, line, command, result, _curve(table, folder / "metrics.parquet"))
 
 
-def _outcome(table: PublishedTable, line: Line, command: str, result: dict[str, Any]) -> Outcome:
+def _curve(table: PublishedTable, path: Path) -> tuple[tuple[int, float], ...]:
+    import pyarrow.parquet as pq
+
+    column, unit = f"val_{table.measure}", 100.0 if table.measure == "accuracy" else 1.0
+    rows = pq.read_table(path).to_pylist()
+    return tuple((row["step"], unit * row[column]) for row in rows if row.get(column) is not None)
+
+
+def _outcome(
+    table: PublishedTable, line: Line, command: str, result: dict[str, Any], curve: tuple[tuple[int, float], ...]
+) -> Outcome:
     test, unit = result.get("test"), 100.0 if table.measure == "accuracy" else 1.0
     if not test or table.measure not in test:
         return Outcome(line, command, problem=f"its result has no {table.measure} (eval.test is off?)")
@@ -103,4 +124,5 @@ def _outcome(table: PublishedTable, line: Line, command: str, result: dict[str, 
         seconds=result["wall_seconds"],
         transductive=test["transductive"],
         hardware=f"{max(1, result['workers'])} × {device}",
+        curve=curve,
     )

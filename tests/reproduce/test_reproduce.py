@@ -65,6 +65,10 @@ def test_rows_are_run_resumed_and_told(table: dict, tmp_path: Path) -> None:
     text = (out / "short" / "table.md").read_text()
     assert f"{maml.value:.2f}" in text
     assert maml.command in text
+    metrics = pq.read_table(out / "short" / "maml-3w1s" / "metrics.parquet").to_pylist()
+    judged = [(row["step"], 100 * row["val_accuracy"]) for row in metrics if row["val_accuracy"] is not None]
+    assert list(maml.curve) == judged == [(point["step"], point["value"]) for point in told[0]["curve"]]
+    assert f"- maml, 3w1s: {judged[0][0]}: {judged[0][1]:.4g}" in text
     assert "outer.steps=6" in maml.command
 
     # Stopped before its end, a row goes on from its checkpoint; a finished one is read.
@@ -111,6 +115,18 @@ def test_one_process_at_a_time(table: dict, tmp_path: Path) -> None:
     (tmp_path / "out" / "short").mkdir(parents=True)
     with lock(tmp_path / "out" / "short" / ".lock"), pytest.raises(RunError, match="another process"):
         reproduce(tmp_path / "out", "maml")
+
+
+@pytest.mark.parametrize(
+    ("measure", "aim", "missed"),
+    [("accuracy", 95.1, True), ("accuracy", 95, False), ("mse", 94, True), ("mse", 96, False)],
+)
+def test_what_misses_its_aim_is_named_under_the_short_budget(measure, aim, missed) -> None:
+    line = Line(method="m", setting="s", job="j", aim=aim)
+    row = Outcome(line, "metadist train j", value=95.0, ci95=1.0, hardware="1 × CPU", transductive=True)
+    table = PublishedTable(title="T", measure=measure, rows=(line,))
+    assert (f"Worse than the aim of the short budget: m ({aim:g})" in markdown(table, "short", [row])) is missed
+    assert "Worse" not in markdown(table, "paper", [row])
 
 
 @pytest.mark.parametrize(
