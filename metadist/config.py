@@ -197,13 +197,16 @@ class Config(Tree):
         if shard != "auto" and meta_batch % shard:
             raise ValueError(f"task.shard: {shard} does not divide task.meta_batch={meta_batch}")
         method = self.algorithm
-        if self.eval.finetune_steps and not method.finetunable:
-            loop = "has its own inner loop; set eval.inner_steps instead"
-            why = loop if isinstance(method, InnerLoop) else "is not fine-tuned"
-            raise ValueError(f"eval.finetune_steps: {method.name} {why}")
-        if self.eval.inner_steps is not None and not isinstance(method, InnerLoop):
-            instead = "; set eval.finetune_steps instead" if method.finetunable else ""
-            raise ValueError(f"eval.inner_steps: {method.name} has no inner loop{instead}")
+        self._also()
+        for key, steps in self.judged("finetune_steps"):
+            if steps and not method.finetunable:
+                loop = "has its own inner loop; set eval.inner_steps instead"
+                why = loop if isinstance(method, InnerLoop) else "is not fine-tuned"
+                raise ValueError(f"{key}: {method.name} {why}")
+        for key, steps in self.judged("inner_steps"):
+            if steps is not None and not isinstance(method, InnerLoop):
+                instead = "; set eval.finetune_steps instead" if method.finetunable else ""
+                raise ValueError(f"{key}: {method.name} has no inner loop{instead}")
         if self.kind == "regression":
             self._regression()
         for key, default, readers in UNREAD:
@@ -211,12 +214,6 @@ class Config(Tree):
                 raise ValueError(f"model.{key}: is read by model.name={' or '.join(readers)} only")
         if self.model.statistics == "running" and self.model.norm != "batch":
             raise ValueError("model.statistics: running goes with model.norm=batch")
-        for index, changes in enumerate(self.eval.also):
-            unknown = [key for key in changes if key not in EVAL_EPISODE_KEYS]
-            if unknown:
-                raise ValueError(
-                    f"eval.also.{index}: unknown key {unknown[0]}{_did_you_mean(unknown[0], EVAL_EPISODE_KEYS)}"
-                )
         for key, ways in self.judged("ways"):
             if self.kind == "classification" and method.class_bound and ways not in (None, self.task.ways):
                 raise ValueError(
@@ -225,6 +222,19 @@ class Config(Tree):
                 )
         method.check(self)
         return self
+
+    def _also(self) -> None:
+        for index, changes in enumerate(self.eval.also):
+            unknown = [key for key in changes if key not in EVAL_EPISODE_KEYS]
+            if unknown:
+                raise ValueError(
+                    f"eval.also.{index}: unknown key {unknown[0]}{_did_you_mean(unknown[0], EVAL_EPISODE_KEYS)}"
+                )
+            try:
+                Eval.model_validate(changes)
+            except ValidationError as error:
+                problem = error.errors()[0]
+                raise ValueError(f"eval.also.{index}.{problem['loc'][0]}: {problem['msg']}") from error
 
     def _regression(self) -> None:
         name = self.data.name

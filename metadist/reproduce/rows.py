@@ -13,6 +13,7 @@ from metadist.bench.record import hardware
 from metadist.config import load, refuse_changed_mathematics, resolve
 from metadist.errors import ConfigError
 from metadist.reproduce.published import Line, PublishedTable
+from metadist.runtime.journal import read_metrics
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,8 @@ def run_row(
 
 
 def _curve(table: PublishedTable, path: Path) -> tuple[tuple[int, float], ...]:
-    import pyarrow.parquet as pq
-
     column, unit = f"val_{table.measure}", 100.0 if table.measure == "accuracy" else 1.0
-    rows = pq.read_table(path).to_pylist()
-    return tuple((row["step"], unit * row[column]) for row in rows if row.get(column) is not None)
+    return tuple((row["step"], unit * row[column]) for row in read_metrics(path) if column in row)
 
 
 def _outcome(

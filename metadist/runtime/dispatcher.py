@@ -2,8 +2,9 @@
 
 Pure bookkeeping without processes, so that every interleaving can be tested. Shards travel
 in calls of several, because a call costs the way of θ to the worker and of a sum back,
-whatever it holds; and while more is pending than the workers hold, a worker has a second
-call waiting for it, which hides that way.
+whatever it holds. Where every worker's share is one or two, one call each does it. Else the
+calls become smaller towards the end of a step, so that quick workers take more, and one
+waits behind the one that is computed, which hides the way.
 """
 
 from collections import deque
@@ -12,16 +13,19 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item", bound=Hashable)
 
-DEPTH = 4
-"""Items a worker holds at a time, in one call or two."""
+CALLS = 2
+"""A worker holds at a time: one computed, one waiting."""
+
+MOST = 8
+"""Items of a call: with a worker that dies no more than two such calls are lost."""
 
 
 class Dispatcher(Generic[Item]):
-    """Pending items, the workers and what they hold."""
+    """Pending items, the workers and the calls they hold."""
 
     def __init__(self) -> None:
         self.pending: deque[Item] = deque()
-        self.held: dict[str, list[Item]] = {}
+        self.held: dict[str, list[list[Item]]] = {}
         self.counted: dict[str, int] = {}
         self.avoid: dict[Item, str] = {}
         self.open: set[Item] = set()
@@ -33,7 +37,8 @@ class Dispatcher(Generic[Item]):
 
     def leave(self, worker: str) -> list[Item]:
         """A worker is gone; what it held and nobody else does is pending again, and returned."""
-        lost = [item for item in self.held.pop(worker, []) if item in self.open and not self._held(item)]
+        items = [item for call in self.held.pop(worker, []) for item in call]
+        lost = [item for item in items if item in self.open and not self._held(item)]
         self.pending.extendleft(reversed(lost))
         return lost
 
@@ -44,28 +49,17 @@ class Dispatcher(Generic[Item]):
             self.open.add(item)
 
     def assign(self) -> list[tuple[str, tuple[Item, ...]]]:
-        """Hand pending items to workers with room: least loaded first, then least counted, then by name.
-
-        What one worker gets is one call; two where it had nothing and more is pending for later.
-        """
-        idle = {worker for worker, items in self.held.items() if not items}
-        assigned: dict[str, list[Item]] = {}
-        passed: list[Item] = []
-        while self.pending:
-            item = self.pending.popleft()
-            worker = self._worker_for(item)
-            if worker is None:
-                passed.append(item)
-                if not any(len(items) < DEPTH for items in self.held.values()):
-                    break
-                continue
-            self.held[worker].append(item)
-            assigned.setdefault(worker, []).append(item)
-        self.pending.extendleft(reversed(passed))
+        """Calls for the workers with room: first for the idle ones, then to wait; least loaded first, then least
+        counted, then by name."""
         calls = []
-        for worker, items in assigned.items():
-            half = (len(items) + 1) // 2 if self.pending and worker in idle else len(items)
-            calls += [(worker, tuple(part)) for part in (items[:half], items[half:]) if part]
+        for waiting in range(CALLS):
+            size = self._size(waiting)
+            able = [worker for worker, held in self.held.items() if len(held) == waiting]
+            for worker in sorted(able, key=lambda w: (sum(map(len, self.held[w])), self.counted[w], w)):
+                items = self._take(worker, size)
+                if items:
+                    self.held[worker].append(items)
+                    calls.append((worker, tuple(items)))
         return calls
 
     def done(self, worker: str, item: Item) -> bool:
@@ -94,14 +88,36 @@ class Dispatcher(Generic[Item]):
         self.open.clear()
         self.avoid.clear()
 
-    def _worker_for(self, item: Item) -> str | None:
-        shunned = self.avoid.get(item) if len(self.held) > 1 else None
-        free = [w for w, items in self.held.items() if len(items) < DEPTH and w != shunned]
-        return min(free, key=lambda w: (len(self.held[w]), self.counted[w], w), default=None)
+    def free(self) -> None:
+        """Forget what the workers hold: no result of it will come."""
+        for calls in self.held.values():
+            calls.clear()
+
+    def _size(self, waiting: int) -> int:
+        """Items of the next call of a worker that holds `waiting` calls."""
+        workers = max(1, len(self.held))
+        share = len(self.pending) // workers
+        if waiting:
+            return max(1, min(share // 2, MOST))
+        if workers > 1 and share > 2:
+            share = (share + 1) // 2
+        return max(1, min(share, MOST))
+
+    def _take(self, worker: str, size: int) -> list[Item]:
+        """Pending items that this worker may compute."""
+        shunned = len(self.held) > 1
+        items = [item for item in self.pending if not (shunned and self.avoid.get(item) == worker)][:size]
+        for item in items:
+            self.pending.remove(item)
+        return items
 
     def _held(self, item: Item) -> bool:
-        return any(item in items for items in self.held.values())
+        return any(item in call for calls in self.held.values() for call in calls)
 
     def _release(self, worker: str, item: Item) -> None:
-        if item in self.held.get(worker, []):
-            self.held[worker].remove(item)
+        calls = self.held.get(worker, [])
+        for call in calls:
+            if item in call:
+                call.remove(item)
+                break
+        calls[:] = [call for call in calls if call]

@@ -46,6 +46,7 @@ class InProcess:
         """
         attempt = self._broadcast.attempt
         receipt, q = self.worker.compute(self._broadcast, step, attempt, shards)
+        assert receipt.current, "worker and aggregator are of one step here"
         if receipt.summed:
             self.aggregator.add(step, attempt, receipt.summed, q)
             self._computed += len(receipt.summed)
@@ -59,6 +60,7 @@ class InProcess:
 
     def apply(self, step: int) -> Later:
         report, self._broadcast = self.aggregator.apply(step)
+        assert not report.missing, "every shard was counted"
         return lambda: report
 
     def snapshot(self) -> Callable[[], Snapshot]:

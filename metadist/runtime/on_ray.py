@@ -294,10 +294,8 @@ class OnRay:
 
     def restart(self, snapshot: Snapshot | None) -> None:
         self._dispatcher.drop()
-        for name, items, _ in self._calls.values():  # they wait for parameters that are lost with the aggregator
-            for item in items:
-                self._dispatcher.done(name, item)
-        self._calls.clear()
+        self._dispatcher.free()
+        self._calls.clear()  # they wait for parameters that are lost with the aggregator
         self.ray.kill(self._aggregator)
         self._start_aggregator(snapshot)
 
@@ -320,9 +318,10 @@ class OnRay:
         found: dict[int, dict[str, np.ndarray]] = {}
         self._hand_out((shared, judged, split))
         while self._dispatcher.open:
-            for name, (item, *_), value, _ in self._events():
-                if self._dispatcher.done(name, item) and isinstance(item, Judgement):
-                    found[item.first] = value
+            for name, items, value, _ in self._events():
+                for item in items:  # of a late shard there may be several
+                    if self._dispatcher.done(name, item) and isinstance(item, Judgement):
+                        found[item.first] = value
             self._hand_out((shared, judged, split))
         parts = [found[first] for first in sorted(found)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

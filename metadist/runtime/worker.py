@@ -7,7 +7,6 @@ state between calls, so that any worker can compute any shard.
 import hashlib
 import os
 import socket
-import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +38,7 @@ class Receipt(NamedTuple):
 
     summed: the shards in the sum; not_finite: those that have no sum; exceeding: the tensors
     in which some shard is beyond the bound of the exact sum (it is not in the sum either);
-    current: whether the parameters were those of the step; seconds: of the whole call.
+    current: whether the parameters were those of the step.
     """
 
     pid: int
@@ -47,7 +46,6 @@ class Receipt(NamedTuple):
     not_finite: tuple[int, ...]
     exceeding: tuple[int, ...]
     current: bool
-    seconds: float
 
 
 def open_tables(config: Config, paths: Sequence[str]) -> list[Table]:
@@ -90,9 +88,8 @@ class Worker:
         self, broadcast: Broadcast, step: int, attempt: int, shards: Sequence[int]
     ) -> tuple[Receipt, np.ndarray]:
         """Some shards of one step and their integer sum; nothing is computed from a broadcast of another step."""
-        started = time.perf_counter()
         if (broadcast.step, broadcast.attempt) != (step, attempt):
-            return Receipt(os.getpid(), (), (), (), False, 0.0), np.zeros(0, dtype=np.int64)
+            return Receipt(os.getpid(), (), (), (), False), np.zeros(0, dtype=np.int64)
         total, summed, not_finite, exceeding = None, [], [], set[int]()
         for shard in shards:
             part = self.engine.part(broadcast.values, broadcast.exponents, step, shard)
@@ -102,14 +99,7 @@ class Worker:
             elif not part.finite:
                 not_finite.append(shard)
             exceeding.update(part.exceeding if part.finite else ())
-        receipt = Receipt(
-            os.getpid(),
-            tuple(summed),
-            tuple(not_finite),
-            tuple(sorted(exceeding)),
-            True,
-            time.perf_counter() - started,
-        )
+        receipt = Receipt(os.getpid(), tuple(summed), tuple(not_finite), tuple(sorted(exceeding)), True)
         return receipt, np.zeros(0, dtype=np.int64) if total is None else total
 
     def judge(self, values: np.ndarray, judged: Config, split: str, first: int, tasks: int) -> dict[str, np.ndarray]:

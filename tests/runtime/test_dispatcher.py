@@ -3,15 +3,16 @@
 from functools import cache
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from metadist.config import Config
 from metadist.runtime.aggregator import Aggregator, Snapshot
-from metadist.runtime.dispatcher import DEPTH, Dispatcher
+from metadist.runtime.dispatcher import CALLS, MOST, Dispatcher
 
-SHARDS = 6
+SHARDS = 10
 CONFIG = Config().with_values(
     task={"ways": 2, "meta_batch": SHARDS, "shard": 1},
     model={"name": "mlp", "width": 1, "layers": 1, "norm": "none"},
@@ -174,16 +175,18 @@ class Run(RuleBasedStateMachine):
 
     @invariant()
     def nobody_holds_too_much(self) -> None:
-        assert all(len(items) <= DEPTH for items in self.dispatcher.held.values())
+        for calls in self.dispatcher.held.values():
+            assert len(calls) <= CALLS
+            assert all(0 < len(call) <= MOST for call in calls)
 
     @invariant()
     def what_is_held_is_under_way(self) -> None:
-        held = sorted((worker, item) for worker, items in self.dispatcher.held.items() for item in items)
+        held = sorted((w, item) for w, calls in self.dispatcher.held.items() for call in calls for item in call)
         assert held == sorted((worker, item) for worker, items in self.flying for item in items)
 
     @invariant()
     def nothing_is_forgotten(self) -> None:
-        held = {item for items in self.dispatcher.held.values() for item in items}
+        held = {item for calls in self.dispatcher.held.values() for call in calls for item in call}
         assert self.dispatcher.open <= held | set(self.dispatcher.pending)
         assert len(set(self.dispatcher.pending)) == len(self.dispatcher.pending)
 
@@ -210,48 +213,61 @@ Run.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadli
 TestRun = Run.TestCase
 
 
-def test_the_least_loaded_worker_gets_the_next_shard() -> None:
+def of_workers(names: str) -> Dispatcher[int]:
     dispatcher: Dispatcher[int] = Dispatcher()
-    dispatcher.join("a")
-    dispatcher.join("b")
-    dispatcher.add(range(3))
-    assert dispatcher.assign() == [("a", (0, 2)), ("b", (1,))]
-
-
-def test_one_call_each_where_nothing_is_left_for_later_else_a_second_one_waits() -> None:
-    dispatcher: Dispatcher[int] = Dispatcher()
-    dispatcher.join("a")
-    dispatcher.join("b")
-    dispatcher.add(range(2 * DEPTH))
-    assert dispatcher.assign() == [("a", (0, 2, 4, 6)), ("b", (1, 3, 5, 7))]
-    dispatcher.drop()
-    for worker in "ab":
-        for item in range(2 * DEPTH):
-            dispatcher.done(worker, item)
-    dispatcher.add(range(10, 19))
-    assert dispatcher.assign() == [("a", (10, 12)), ("a", (14, 16)), ("b", (11, 13)), ("b", (15, 17))]
-    dispatcher.done("a", 10)
-    dispatcher.done("a", 12)
-    assert dispatcher.assign() == [("a", (18,))]
-
-
-def test_workers_that_are_equally_fast_get_equally_much() -> None:
-    dispatcher: Dispatcher[int] = Dispatcher()
-    for worker in "abc":
+    for worker in names:
         dispatcher.join(worker)
-    dispatcher.add(range(30))
-    busy_until = dict.fromkeys("abc", 0)
+    return dispatcher
+
+
+@pytest.mark.parametrize(
+    ("workers", "items", "calls"),
+    [
+        ("a", 4, [("a", 4)]),
+        ("ab", 4, [("a", 2), ("b", 2)]),
+        ("ab", 3, [("a", 1), ("b", 1), ("a", 1)]),
+        ("abc", 2, [("a", 1), ("b", 1)]),
+        ("abc", 4, [("a", 1), ("b", 1), ("c", 1), ("a", 1)]),
+        ("ab", 8, [("a", 2), ("b", 2), ("a", 1), ("b", 1)]),
+        ("ab", 100, [("a", 8), ("b", 8), ("a", 8), ("b", 8)]),
+    ],
+)
+def test_one_call_each_where_shares_are_small_else_smaller_ones_behind(workers, items, calls) -> None:
+    dispatcher = of_workers(workers)
+    dispatcher.add(range(items))
+    assert [(worker, len(held)) for worker, held in dispatcher.assign()] == calls
+
+
+def makespan(speeds: dict[str, int], items: int) -> tuple[int, dict[str, int]]:
+    """Time until all is done where an item takes a worker some units, and how many each has done."""
+    dispatcher = of_workers("".join(speeds))
+    dispatcher.add(range(items))
+    busy_until = dict.fromkeys(speeds, 0)
     flying: list[tuple[int, str, tuple[int, ...]]] = []
     now = 0
     while dispatcher.open:
-        for worker, items in dispatcher.assign():  # an item takes one unit of time
-            busy_until[worker] = max(now, busy_until[worker]) + len(items)
-            flying.append((busy_until[worker], worker, items))
+        for worker, held in dispatcher.assign():
+            busy_until[worker] = max(now, busy_until[worker]) + speeds[worker] * len(held)
+            flying.append((busy_until[worker], worker, held))
         flying.sort()
-        now, worker, items = flying.pop(0)
-        assert all(dispatcher.done(worker, item) for item in items)
-    assert dispatcher.counted == {"a": 10, "b": 10, "c": 10}
-    assert now == 10, "nobody waited"
+        now, worker, held = flying.pop(0)
+        assert all(dispatcher.done(worker, item) for item in held)
+    return now, dispatcher.counted
+
+
+@pytest.mark.parametrize("items", [2, 4, 6, 8, 10, 16, 30, 64])
+@pytest.mark.parametrize("workers", ["a", "ab"])
+def test_workers_that_are_equally_fast_get_equally_much(workers: str, items: int) -> None:
+    each = items // len(workers)
+    assert makespan(dict.fromkeys(workers, 1), items) == (each, dict.fromkeys(workers, each))
+
+
+@pytest.mark.parametrize("items", [8, 16, 32, 64])
+def test_a_worker_of_half_the_speed_does_less(items: int) -> None:
+    """Halves of fixed size would take the slow one as many units as there are items."""
+    took, counted = makespan({"a": 1, "b": 2}, items)
+    assert took <= 0.85 * items
+    assert counted["a"] > counted["b"]
 
 
 def test_a_failed_shard_goes_to_its_own_worker_where_there_is_no_other() -> None:

@@ -60,6 +60,48 @@ def test_a_bound_that_is_exceeded(on_cluster: Make, tiny: Make, tmp_path: Path) 
     assert sum(together["shards_by_worker"].values()) == 12 * 4
 
 
+def test_many_shards_in_several_calls_and_a_worker_killed_with_two(
+    on_cluster: Make, tiny: Make, cluster: Any, find_processes: Any, tmp_path: Path
+) -> None:
+    """Twelve shards a step: some calls are computed, some wait, some are handed out later; one worker dies with two."""
+    many = ("task.meta_batch=24", "outer.steps=40", "checkpoint.every=5", "eval.every=0", "eval.test=false")
+    alone = train(tiny(*many), "tiny", tmp_path / "alone").result
+    run = tmp_path / "run"
+    killer = kill_actor(cluster, find_processes, "Worker", lambda: (run / "checkpoints" / "step-10").exists())
+    result = train(on_cluster(2, *many), "tiny", run).result
+    killer.join(1)
+    assert len(result["shards_by_worker"]) == 3, "a third one took the place of the one that was killed"
+    assert result["theta_sha256"] == alone["theta_sha256"]
+    assert sum(result["shards_by_worker"].values()) == 40 * 12
+
+
+def test_a_call_of_which_one_shard_is_unusable(
+    on_cluster: Make, tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of the call counts, the shard is computed again, and nobody will know."""
+    from metadist.runtime.on_ray import OnRay, Shard
+
+    real, changed = OnRay._events, []
+
+    def events(self: OnRay) -> Any:
+        results = real(self)
+        for number, (name, items, _, _) in enumerate(results):
+            if not changed and isinstance(items[0], Shard) and items[0].step == 3 and len(items) > 1:
+                bad, *rest = items
+                changed.append(bad)
+                shards = [item.shard for item in rest]
+                receipt, q = self._actors[name].compute.options(num_returns=2).remote(self._broadcast, 3, 0, shards)
+                results[number] = (name, items, self.ray.get(receipt)._replace(not_finite=(bad.shard,)), q)
+        return results
+
+    monkeypatch.setattr(OnRay, "_events", events)
+    result = train(on_cluster(2), "tiny", tmp_path / "run").result
+    assert len(changed) == 1
+    assert result["theta_sha256"] == tiny_run.result["theta_sha256"]
+    assert result["shards_recomputed"] == 1
+    assert sum(result["shards_by_worker"].values()) == 12 * 4
+
+
 def test_a_loss_that_is_not_finite_is_computed_by_two_workers(on_cluster: Make, tmp_path: Path) -> None:
     with pytest.raises(Divergence, match="diverged at step 1:"):
         train(on_cluster(2, "outer.lr=1e30", "outer.optimizer=sgd"), "tiny", tmp_path / "run")
