@@ -1,12 +1,13 @@
 """Run a published table's rows, some at once, and write the table after each of them."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from metadist.durable import lock, storage_errors
 from metadist.errors import ConfigError, RunError
-from metadist.reproduce.published import PublishedTable, chosen, read_table
+from metadist.reproduce.published import Line, PublishedTable, chosen, read_table
 from metadist.reproduce.report import save
 from metadist.reproduce.rows import Outcome, check, run_row
 
@@ -23,7 +24,10 @@ def reproduce(
     at_once: int,
     say: Callable[[str], None],
 ) -> tuple[PublishedTable, list[Outcome]]:
-    """The table and our rows, in its order. Rows that are finished in `out` are not run again."""
+    """The table and our rows, in its order.
+
+    Rows that are finished in `out` are not run again; those of other methods stay in the table.
+    """
     if budget not in BUDGETS:
         raise ConfigError(f"--budget: {budget!r} is none; valid: {', '.join(BUDGETS)}")
     table = read_table(name)
@@ -34,6 +38,7 @@ def reproduce(
         check(table, line, budget, overrides, place)
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    others = _finished(table, [line for line in table.rows if line not in lines], budget, overrides, folder)
     done: dict[int, Outcome] = {}
     with lock(folder / ".lock", wait=False) as ours, ThreadPoolExecutor(max_workers=at_once) as pool:
         if not ours:
@@ -44,8 +49,22 @@ def reproduce(
         }
         for future in as_completed(running):
             done[running[future]] = future.result()
-            rows = [done[number] for number in sorted(done)]
-            save(folder, table, budget, rows)
+            known = {row.line: row for row in (*others, *done.values())}
+            save(folder, table, budget, [known[line] for line in table.rows if line in known])
             row = done[running[future]]
             say(f"{row.line.method}, {row.line.setting}: {row.problem or f'{row.value:.4g} ± {row.ci95:.2g}'}")
     return table, [done[number] for number in sorted(done)]
+
+
+def _finished(
+    table: PublishedTable, lines: Sequence[Line], budget: str, overrides: Sequence[str], folder: Path
+) -> list[Outcome]:
+    """Rows that earlier calls have run in a folder, as far as they are runs of the table as it is now."""
+    found = []
+    for line in lines:
+        place = folder / f"{line.method}-{line.setting}"
+        if (place / "result.json").is_file():
+            with contextlib.suppress(ConfigError):
+                check(table, line, budget, overrides, place)
+                found.append(run_row(table, line, budget, overrides, place, say=lambda text: None))
+    return found

@@ -80,6 +80,13 @@ def test_rows_are_run_resumed_and_told(table: dict, tmp_path: Path) -> None:
     after = json.loads((out / "short" / "maml-3w1s" / "result.json").read_text())
     assert after["theta_sha256"] == result["theta_sha256"]
 
+    # Another call's rows stay in the table, as long as they are what the table asks for.
+    for path in (out / "short").glob("table.*"):
+        path.unlink()
+    rows, _ = reproduce(out, "fomaml")
+    assert [row.line.method for row in rows] == ["fomaml"]
+    assert [row["method"] for row in pq.read_table(out / "short" / "table.parquet").to_pylist()] == ["maml", "fomaml"]
+
     with pytest.raises(ConfigError, match="seed"):
         reproduce(out, "maml", overrides=("seed=7",))
     with pytest.raises(ConfigError, match="eval"):
