@@ -248,7 +248,7 @@ class Config(Tree):
         counted = [("task.ways", None if self.task.ways == Task().ways else self.task.ways), *self.judged("ways")]
         for key, ways in counted:
             if ways is not None:
-                raise ValueError(f"{key}: counts classes; data.name={name} has none")
+                raise ValueError(f"{key}: counts classes; data.name={name} has none; leave it out")
 
     def judged(self, key: str) -> list[tuple[str, Any]]:
         """A key of `eval` as every meta-test has it: where it stands, and its value."""

@@ -22,7 +22,9 @@ KEEP_STATISTICS = ("maml", "maml++", "protonet", "relation", "baseline++")
 CASES = [(method.method_name(), FURTHER.get(method.method_name(), ())) for method in every_method()]
 CASES += [(name, RUNNING) for name in KEEP_STATISTICS]
 CASES += [
-    (method.method_name(), ("data.name=sinusoid", "model.norm=none")) for method in every_method() if method.regression
+    (method.method_name(), ("data.name=sinusoid", "task.ways=5", "model.norm=none"))
+    for method in every_method()
+    if method.regression
 ]
 
 
