@@ -29,8 +29,7 @@ class TaskConditioned(InnerLoop):
             raise ValueError(
                 f"task.shard: task-conditioned compares the tasks of a shard; {config.shard} leaves none, 2 is valid"
             )
-        one_source = not isinstance(config.data.name, list) or len(config.data.name) < 2
-        if config.kind == "classification" and not config.task.within_group and one_source:
+        if config.kind == "classification" and not config.task.within_group and len(config.data.sources) < 2:
             raise ValueError(
                 "task.within_group: task-conditioned tells families of tasks apart, and without it all are of one; "
                 "valid is true, or a list of data sets in data.name"

@@ -78,7 +78,6 @@ def run_row(
 ) -> Outcome:
     """Train and judge a row in `folder`, or go on with it, or read what is finished there already."""
     overrides = overrides_of(table, line, budget, further)
-    command = f"metadist train {line.job} {shlex.join(overrides)}".strip()
     if not (folder / "result.json").is_file():
         begun = (folder / "config.yaml").is_file()
         words = ["--resume", str(folder)] if begun else [line.job, *overrides, "--run-dir", str(folder)]
@@ -94,9 +93,19 @@ def run_row(
             )
         if done.returncode != 0:
             lines = [text for text in log.read_text(errors="replace").splitlines() if text.strip()]
-            return Outcome(line, command, problem=(lines or ["no output"])[-1][:200])
+            return Outcome(line, _command(line, overrides), problem=(lines or ["no output"])[-1][:200])
+    return finished_row(table, line, budget, further, folder)
+
+
+def finished_row(table: PublishedTable, line: Line, budget: str, further: Sequence[str], folder: Path) -> Outcome:
+    """What came of a row that has run to its end in `folder`."""
     result = json.loads((folder / "result.json").read_text())
+    command = _command(line, overrides_of(table, line, budget, further))
     return _outcome(table, line, command, result, _curve(table, folder / "metrics.parquet"))
+
+
+def _command(line: Line, overrides: Sequence[str]) -> str:
+    return f"metadist train {line.job} {shlex.join(overrides)}".strip()
 
 
 def _curve(table: PublishedTable, path: Path) -> tuple[tuple[int, float], ...]:

@@ -9,7 +9,7 @@ from metadist.durable import lock, storage_errors
 from metadist.errors import ConfigError, RunError
 from metadist.reproduce.published import Line, PublishedTable, chosen, read_table
 from metadist.reproduce.report import save
-from metadist.reproduce.rows import Outcome, check, run_row
+from metadist.reproduce.rows import Outcome, check, finished_row, run_row
 
 BUDGETS = ("short", "paper")
 
@@ -66,5 +66,5 @@ def _finished(
         if (place / "result.json").is_file():
             with contextlib.suppress(ConfigError):
                 check(table, line, budget, overrides, place)
-                found.append(run_row(table, line, budget, overrides, place, say=lambda text: None))
+                found.append(finished_row(table, line, budget, overrides, place))
     return found

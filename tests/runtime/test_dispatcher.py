@@ -270,6 +270,17 @@ def test_a_worker_of_half_the_speed_does_less(items: int) -> None:
     assert counted["a"] > counted["b"]
 
 
+def test_what_is_freed_leaves_all_its_room() -> None:
+    """After the aggregator was lost no held call is answered, and none may keep its place."""
+    dispatcher = of_workers("ab")
+    dispatcher.add(range(100))
+    before = dispatcher.assign()
+    dispatcher.drop()
+    dispatcher.free()
+    dispatcher.add(range(100))
+    assert dispatcher.assign() == before
+
+
 def test_a_failed_shard_goes_to_its_own_worker_where_there_is_no_other() -> None:
     dispatcher: Dispatcher[int] = Dispatcher()
     dispatcher.join("a")
