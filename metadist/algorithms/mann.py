@@ -15,13 +15,18 @@ the queries, each in an order that step and classes draw, since labels in their 
 could be told from the position alone. At test the support set is the sequence, and each query
 is the next step by itself, so that no query sees another.
 
+`labels: beside` is an easier variant: inputs of the support set are (f(x_t), y_t), those of
+queries (f(x), 0), and nothing but the memory's content has to tell labels. Training is then
+like the test: the loss is the queries', each the next step behind the support set.
+
 Departures: f is the run's network where the paper feeds pixels to the controller; support
 examples stand before queries where the paper mixes all; memory is read before it is written,
 because the key that has just been stored would find itself; β is 1 in the paper.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +89,7 @@ class MANN:
     reads: int = 4
     decay: float = 0.99
     sharpness: float = 1.0
+    labels: Literal["late", "beside"] = "late"
 
     def init(self, generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         theta = self.normalisation.network.init(generator)
@@ -96,19 +102,19 @@ class MANN:
 
     def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
         features, embed = embedding.at_test(self.normalisation, theta, state, support)
-        labels = self._late(support.y, features)
-        memory = self._empty(features)
-        for t in range(len(features)):
-            memory = self._write(theta, memory, self._answer(theta, memory, features[t : t + 1], labels[t]))
-        return lambda x: self._answer(theta, memory, embed(x), labels[-1]).logits
+        answer = self._read_in(theta, features, support.y)
+        return lambda x: answer(embed(x))
 
     def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
         support, query, statistics = embedding.in_training(self.normalisation, theta, state, episode)
         n = len(support)
         first, then = (shuffled(len(x), step, episode.classes, s) for s, x in enumerate((support, query)))
+        if self.labels == "beside":
+            logits = self._read_in(theta, support[first], episode.support.y[first])(query)
+            return Outcome(F.cross_entropy(logits, episode.query.y), accuracy(logits, episode.query.y), statistics)
         x = torch.cat([support[first], query[then]])
         y = torch.cat([episode.support.y[first], episode.query.y[then]])
-        labels, memory, logits = self._late(y, x), self._empty(x), []
+        labels, memory, logits = self._told(y, x), self._empty(x), []
         for t in range(len(x)):
             answer = self._answer(theta, memory, x[t : t + 1], labels[t])
             memory = self._write(theta, memory, answer)
@@ -116,11 +122,19 @@ class MANN:
         told = torch.cat(logits)
         return Outcome(F.cross_entropy(told, y), accuracy(told[n:], y[n:]), statistics)
 
-    def _late(self, y: Tensor, like: Tensor) -> Tensor:
-        """What stands beside each input of a sequence and beside the one after it: nothing, then y one-hot;
+    def _read_in(self, theta: Theta, features: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+        """features [n, d], y int64 [n] → (query features [m, d] → logits [m, ways])."""
+        labels, memory = self._told(y, features), self._empty(features)
+        for t in range(len(features)):
+            memory = self._write(theta, memory, self._answer(theta, memory, features[t : t + 1], labels[t]))
+        return lambda queries: self._answer(theta, memory, queries, labels[-1]).logits
+
+    def _told(self, y: Tensor, like: Tensor) -> Tensor:
+        """The labels that stand beside each input of a sequence and beside the one after it, one-hot or nothing;
         [n + 1, ways]."""
         told = (y[:, None] == torch.arange(self.ways, device=y.device)).to(like.dtype)
-        return torch.cat([torch.zeros_like(told[:1]), told])
+        nothing = torch.zeros_like(told[:1])
+        return torch.cat([nothing, told] if self.labels == "late" else [told, nothing])
 
     def _empty(self, like: Tensor) -> Memory:
         usage = torch.arange(self.slots, dtype=like.dtype, device=like.device) * (FIRST_USE / self.slots)
@@ -134,7 +148,7 @@ class MANN:
         )
 
     def _answer(self, theta: Theta, memory: Memory, x: Tensor, label: Tensor) -> Answer:
-        """x: features [m, d]; label: y_{t−1} [ways], the same for all of them."""
+        """x: features [m, d]; label: what stands beside them [ways], the same for all."""
         beside = torch.cat([label, memory.read]).expand(len(x), -1)
         controller = lstm("lstm", theta, torch.cat([x, beside], 1), memory.controller)
         h = controller.hidden
@@ -175,4 +189,5 @@ def build(method: Mann, context: Context) -> MANN:
         method.reads,
         method.decay,
         method.sharpness,
+        method.labels,
     )

@@ -22,6 +22,9 @@ class Mann(Algorithm):
     reads: Positive = Field(4, description="read heads; as many least-used slots are written to at each step")
     decay: Annotated[float, Field(ge=0, le=1), Number] = Field(0.99, description="γ: of the usage weights, each step")
     sharpness: Rate = Field(1.0, description="β: cosine similarities are multiplied by it; 1 in the paper")
+    labels: Literal["late", "beside"] = Field(
+        "late", description="late: with the next input, as in the paper; beside: with its own, and queries have none"
+    )
 
     @model_validator(mode="after")
     def _memory_holds_more_than_a_step_writes(self) -> "Mann":

@@ -34,7 +34,7 @@ def order(size, step, classes, stream):
 
 
 def run(config, theta, xs, ys, without=""):
-    """Logits of every step of a sequence; `without` leaves a part of the method out."""
+    """Logits of every step of a sequence; `without` leaves a part of the method out. A label of -1 is none."""
     algorithm, ways = config.algorithm, config.task.ways
     h, c = torch.zeros(HIDDEN, dtype=torch.float64), torch.zeros(HIDDEN, dtype=torch.float64)
     memory = [torch.zeros(CELL, dtype=torch.float64) for _ in range(SLOTS)]
@@ -42,8 +42,8 @@ def run(config, theta, xs, ys, without=""):
     before = [torch.zeros(SLOTS, dtype=torch.float64) for _ in range(READS)]
     read, label, told = torch.zeros(READS * CELL, dtype=torch.float64), torch.zeros(ways, dtype=torch.float64), []
     for x, y in zip(xs, ys, strict=True):
-        if without == "late label":
-            label = F.one_hot(y, ways).double()
+        if (without == "late label") != (algorithm.labels == "beside"):
+            label = (torch.arange(ways) == y).double()
         inputs = torch.cat([x, label, read])
         gates = inputs @ theta["lstm.input"] + h @ theta["lstm.recurrent"] + theta["lstm.bias"]
         i, f, g, o = gates.split(HIDDEN)
@@ -72,7 +72,7 @@ def run(config, theta, xs, ys, without=""):
         ]
         decay = 0.0 if without == "decay" else algorithm.decay
         usage = (decay * usage + sum(weights) + sum(writes)).detach()
-        before, label = weights, F.one_hot(y, ways).double()
+        before, label = weights, (torch.arange(ways) == y).double()
     return torch.stack(told)
 
 
@@ -80,17 +80,23 @@ def plain(config, theta, episode, how, without=""):
     support, seen = network(config.model, theta, episode.support.x)
     queries, seen_too = network(config.model, theta, episode.query.x, seen if how == "support" else None)
     first, then = (order(len(x), 0, episode.classes, stream) for stream, x in enumerate((support, queries)))
+    one, two = stored(seen), stored(seen_too)
+    statistics = {name: (one[name] + two[name]) / 2 for name in one}
+    if config.algorithm.labels == "beside":
+        y = [*episode.support.y[first], -1]
+        told = torch.stack([run(config, theta, [*support[first], query], y, without)[-1] for query in queries])
+        return F.cross_entropy(told, episode.query.y), told, statistics
     y = torch.cat([episode.support.y[first], episode.query.y[then]])
     told = run(config, theta, torch.cat([support[first], queries[then]]), y, without)
     back = [then.index(query) for query in range(len(queries))]
-    one, two = stored(seen), stored(seen_too)
-    return F.cross_entropy(told, y), told[len(support) :][back], {name: (one[name] + two[name]) / 2 for name in one}
+    return F.cross_entropy(told, y), told[len(support) :][back], statistics
 
 
 @pytest.mark.parametrize("how", ["together", "support", "running"])
 @pytest.mark.parametrize("model", ["stride2", "mlp"])
-def test_loss_gradient_and_statistics(model, how):
-    assert error_of_sums(configured(METHOD, model, how), IMAGES[model], plain) < 1e-12
+@pytest.mark.parametrize("labels", ["late", "beside"])
+def test_loss_gradient_and_statistics(labels, model, how):
+    assert error_of_sums(configured({**METHOD, "labels": labels}, model, how), IMAGES[model], plain) < 1e-12
 
 
 PARTS = ("late label", "addressing", "reading", "least used", "gate", "erasing", "decay")
@@ -108,14 +114,15 @@ def test_each_part_of_the_method_is_there(part):
 
 
 @pytest.mark.parametrize("model", ["stride2", "mlp"])
-def test_each_query_is_the_step_behind_the_support_set(model):
-    config = configured(METHOD, model, "support")
+@pytest.mark.parametrize("labels", ["late", "beside"])
+def test_each_query_is_the_step_behind_the_support_set(labels, model):
+    config = configured({**METHOD, "labels": labels}, model, "support")
     algorithm, theta, state, (support, query, *_) = prepared(config, model)
     features, seen = network(config.model, theta, support.x)
     queries, _ = network(config.model, theta, query.x, seen)
     found = algorithm.adapt(theta, state, support, 4)(query.x)
     for one, logits in zip(queries, found, strict=True):
-        told = run(config, theta, torch.cat([features, one[None]]), [*support.y, torch.tensor(0)])[-1]
+        told = run(config, theta, torch.cat([features, one[None]]), [*support.y, torch.tensor(-1)])[-1]
         assert (told - logits).abs().max() < 1e-12
 
 
@@ -157,10 +164,11 @@ def test_other_ways_and_a_memory_too_small_are_refused():
         configured({**METHOD, "slots": 2})
 
 
-def test_it_learns():
+@pytest.mark.parametrize("labels", ["late", "beside"])
+def test_it_learns(labels):
     """2-way 1-shot from 0.50 to over 0.70 in 150 meta-steps of 64 tasks."""
     config = configured(
-        {"name": "mann", "hidden": 24, "slots": 16, "cell": 8, "sharpness": 10.0}, "mlp", "support",
+        {"name": "mann", "hidden": 24, "slots": 16, "cell": 8, "sharpness": 10.0, "labels": labels}, "mlp", "support",
         ways=2, shots=1, queries=2, width=16, layers=1, norm="none",
     )  # fmt: skip
     config = config.with_values(engine={"dtype": "float32"})
