@@ -213,6 +213,7 @@ def methods() -> None:
 def reproduce(
     words: Annotated[list[str], typer.Argument(metavar="TABLE [KEY=VALUE]...", help="omniglot or sinusoid")],
     methods: Annotated[str | None, typer.Option(help="rows of these methods only, such as maml,anil")] = None,
+    settings: Annotated[str | None, typer.Option(help="rows of these settings only, such as 5w1s,20w1s")] = None,
     budget: Annotated[str, typer.Option(help="short: minutes on two cores; paper: the papers' recipes")] = "short",
     out: Annotated[Path | None, typer.Option(help="folder of table and runs; reproduced/TABLE without it")] = None,
     at_once: Annotated[int, typer.Option(min=1, help="rows that run at the same time, on a cluster")] = 1,
@@ -236,6 +237,7 @@ def reproduce(
             names[0],
             budget=budget,
             methods=methods,
+            settings=settings,
             overrides=overrides,
             out=folder,
             at_once=at_once,

@@ -1,7 +1,8 @@
 """A published table: which job stands for which row, and what its paper reports.
 
-A table is a YAML file in `jobs/tables/`. Its `short` overrides cut every row's recipe to a
-budget that two CPU cores can pay; a row may have further ones of its own.
+A table is a YAML file in `jobs/tables/`. A row's recipe is its job, with overrides of its own
+where settings share a job. The table's `short` overrides cut it to a budget that two CPU cores
+can pay; a row that belongs to that budget may have further ones.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from pydantic import Field, ValidationError
 from metadist.config import packaged_jobs, read_yaml
 from metadist.errors import ConfigError
 from metadist.tree import Tree
+
+BUDGETS = ("short", "paper")
 
 
 class Published(Tree):
@@ -27,6 +30,7 @@ class Published(Tree):
 class Line(Tree):
     """One row: a job, what its paper reports, and how its recipe is cut for the short budget.
 
+    recipe: overrides of the job in every budget; short: further ones of the short budget, None for a row without one;
     aim: what the cut recipe is expected to reach at least, or at most for an error.
     """
 
@@ -34,7 +38,8 @@ class Line(Tree):
     setting: str
     job: str
     published: Published | None = None
-    short: tuple[str, ...] = ()
+    recipe: tuple[str, ...] = ()
+    short: tuple[str, ...] | None = None
     aim: float | None = None
 
 
@@ -65,13 +70,22 @@ def read_table(name: str) -> PublishedTable:
         raise ConfigError(f"{found[name]}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
 
 
-def chosen(table: PublishedTable, methods: str | None) -> Sequence[Line]:
-    """The rows of some methods, or all."""
-    if methods is None:
-        return table.rows
-    known = list(dict.fromkeys(row.method for row in table.rows))
-    wanted = [word.strip() for word in methods.split(",") if word.strip()]
-    for word in wanted:
-        if word not in known:
-            raise ConfigError(f"--methods: the table has no {word!r}; valid: {', '.join(known)}")
-    return [row for row in table.rows if row.method in wanted]
+def chosen(
+    table: PublishedTable, budget: str, methods: str | None = None, settings: str | None = None
+) -> Sequence[Line]:
+    """The rows of a budget, of some methods and settings or all. Raises ConfigError where there is none."""
+    if budget not in BUDGETS:
+        raise ConfigError(f"--budget: {budget!r} is none; valid: {', '.join(BUDGETS)}")
+    rows = [row for row in table.rows if budget == "paper" or row.short is not None]
+    for column, asked in (("method", methods), ("setting", settings)):
+        if asked is None:
+            continue
+        known = list(dict.fromkeys(getattr(row, column) for row in rows))
+        wanted = [word.strip() for word in asked.split(",") if word.strip()]
+        for word in wanted:
+            if word not in known:
+                raise ConfigError(
+                    f"--{column}s: no such row of the {budget} budget: {word!r}; valid: {', '.join(known)}"
+                )
+        rows = [row for row in rows if getattr(row, column) in wanted]
+    return rows

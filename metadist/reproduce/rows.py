@@ -58,8 +58,9 @@ class Outcome:
 
 
 def overrides_of(table: PublishedTable, line: Line, budget: str, further: Sequence[str]) -> list[str]:
-    """The overrides of a row's job: those of the budget, then the person's."""
-    return [*((*table.short, *line.short) if budget == "short" else []), *further]
+    """The overrides of a row's job: those of its recipe, those of the budget, then the person's."""
+    cut = (*table.short, *(line.short or ())) if budget == "short" else ()
+    return [*line.recipe, *cut, *further]
 
 
 def check(table: PublishedTable, line: Line, budget: str, further: Sequence[str], folder: Path) -> None:

@@ -11,14 +11,13 @@ from metadist.reproduce.published import Line, PublishedTable, chosen, read_tabl
 from metadist.reproduce.report import save
 from metadist.reproduce.rows import Outcome, check, finished_row, run_row
 
-BUDGETS = ("short", "paper")
-
 
 def reproduce(
     name: str,
     *,
     budget: str,
-    methods: str | None,
+    methods: str | None = None,
+    settings: str | None = None,
     overrides: Sequence[str],
     out: Path,
     at_once: int,
@@ -26,19 +25,17 @@ def reproduce(
 ) -> tuple[PublishedTable, list[Outcome]]:
     """The table and our rows, in its order.
 
-    Rows that are finished in `out` are not run again; those of other methods stay in the table.
+    Rows that are finished in `out` are not run again; those not asked for stay in the table.
     """
-    if budget not in BUDGETS:
-        raise ConfigError(f"--budget: {budget!r} is none; valid: {', '.join(BUDGETS)}")
     table = read_table(name)
-    lines = chosen(table, methods)
+    lines = chosen(table, budget, methods, settings)
     folder = out / budget
     folders = [folder / f"{line.method}-{line.setting}" for line in lines]
     for line, place in zip(lines, folders, strict=True):
         check(table, line, budget, overrides, place)
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    others = _finished(table, [line for line in table.rows if line not in lines], budget, overrides, folder)
+    others = _finished(table, [line for line in chosen(table, budget) if line not in lines], budget, overrides, folder)
     done: dict[int, Outcome] = {}
     with lock(folder / ".lock", wait=False) as ours, ThreadPoolExecutor(max_workers=at_once) as pool:
         if not ours:

@@ -12,7 +12,7 @@ from metadist.errors import ConfigError, RunError
 from metadist.reproduce import published, run
 from metadist.reproduce.published import Line, Published, PublishedTable, chosen, read_table
 from metadist.reproduce.report import markdown
-from metadist.reproduce.rows import Outcome
+from metadist.reproduce.rows import Outcome, overrides_of
 
 
 @pytest.fixture
@@ -23,7 +23,13 @@ def table(tmp_path: Path, tiny_job: Path, monkeypatch: pytest.MonkeyPatch) -> di
         "measure": "accuracy",
         "short": ["outer.steps=6"],
         "rows": [
-            {"method": "maml", "setting": "3w1s", "job": str(tiny_job), "published": {"value": 5.0, "source": "A"}},
+            {
+                "method": "maml",
+                "setting": "3w1s",
+                "job": str(tiny_job),
+                "short": [],
+                "published": {"value": 5.0, "source": "A"},
+            },
             {
                 "method": "fomaml",
                 "setting": "3w1s",
@@ -31,6 +37,7 @@ def table(tmp_path: Path, tiny_job: Path, monkeypatch: pytest.MonkeyPatch) -> di
                 "short": ["algorithm.order=1", "outer.steps=4"],
             },
             {"method": "broken", "setting": "3w1s", "job": str(tiny_job), "short": ["algorithm.inner_lr=1e37"]},
+            {"method": "maml", "setting": "2w1s", "job": str(tiny_job), "recipe": ["task.ways=2", "outer.steps=2"]},
         ],
     }
     path = tmp_path / "tiny-table.yaml"
@@ -39,10 +46,12 @@ def table(tmp_path: Path, tiny_job: Path, monkeypatch: pytest.MonkeyPatch) -> di
     return told
 
 
-def reproduce(out: Path, methods: str | None = None, budget: str = "short", overrides: tuple[str, ...] = ()):
+def reproduce(
+    out: Path, methods: str | None = None, budget: str = "short", overrides: tuple[str, ...] = (), **further: str
+):
     said: list[str] = []
     _, rows = run.reproduce(
-        "tiny", budget=budget, methods=methods, overrides=overrides, out=out, at_once=1, say=said.append
+        "tiny", budget=budget, methods=methods, overrides=overrides, out=out, at_once=1, say=said.append, **further
     )
     return rows, said
 
@@ -93,6 +102,15 @@ def test_rows_are_run_resumed_and_told(table: dict, tmp_path: Path) -> None:
         reproduce(out, "maml", overrides=("eval.episodes=10",))
 
 
+def test_a_setting_may_stand_in_the_paper_budget_alone(table: dict, tmp_path: Path) -> None:
+    short = chosen(read_table("tiny"), "short")
+    assert [(line.method, line.setting) for line in short] == [("maml", "3w1s"), ("fomaml", "3w1s"), ("broken", "3w1s")]
+    (row,), _ = reproduce(tmp_path / "out", "maml", "paper", settings="2w1s")
+    config = load(tmp_path / "out" / "paper" / "maml-2w1s" / "config.yaml")
+    assert (row.steps, config.task.ways) == (2, 2)
+    assert "task.ways=2 outer.steps=2" in row.command
+
+
 def test_a_row_that_fails_stops_no_other(table: dict, tmp_path: Path) -> None:
     rows, _ = reproduce(tmp_path / "out", "broken,fomaml")
     fomaml, broken = rows
@@ -107,6 +125,7 @@ def test_a_row_that_fails_stops_no_other(table: dict, tmp_path: Path) -> None:
     [
         ({"methods": "mamel"}, "maml, fomaml, broken"),
         ({"budget": "tiny"}, "short, paper"),
+        ({"settings": "2w1s"}, "no such row of the short budget: '2w1s'; valid: 3w1s"),
         ({"overrides": ("outer.stepz=3",)}, "outer.steps"),
     ],
 )
@@ -163,9 +182,12 @@ def test_packaged_tables_are_whole(name: str) -> None:
     assert table.rows
     for line in table.rows:
         find_job(line.job)
-        for budget in ((), (*table.short, *line.short)):
-            config = load(line.job, budget)
+        for budget in ("paper",) if line.short is None else ("paper", "short"):
+            config = load(line.job, overrides_of(table, line, budget, ()))
             assert config.kind == ("classification" if table.measure == "accuracy" else "regression")
             assert line.method in (config.algorithm.name, "fomaml" if config.algorithm.name == "maml" else None)
+            ways, shots = config.eval.ways or config.task.ways, config.eval.shots or config.task.shots
+            assert line.setting == (f"{ways}w{shots}s" if table.measure == "accuracy" else f"{shots}-shot")
+    assert len({(line.method, line.setting) for line in table.rows}) == len(table.rows)
     first = table.rows[0].method
-    assert [line.method for line in chosen(table, first)] == [first]
+    assert {line.method for line in chosen(table, "paper", first)} == {first}
