@@ -161,16 +161,17 @@ def evaluate(
 def embed(
     run_dir: Annotated[Path, typer.Argument(help="folder of a finished run of task-conditioned")],
     out: Annotated[Path | None, typer.Option(help="folder for the files; RUN/embeddings without it")] = None,
-    tasks: Annotated[int, typer.Option(min=3, help="how many of the split's tasks")] = 200,
+    tasks: Annotated[int | None, typer.Option(min=3, help="how many of them; eval.episodes without it")] = None,
     split: Annotated[str, typer.Option(help="test or val")] = "test",
 ) -> None:
-    """Export the embedding of every test task, with its family, as Parquet and as a plot."""
+    """Export the embedding of every task of the meta-test, with its family, as Parquet and as a plot."""
     with told_in_one_line():
         from metadist.evaluate import trained
-        from metadist.evaluation.embeddings import embeddings, nearest_is_family, save
+        from metadist.evaluation.embeddings import embeddings, nearest_is_family
+        from metadist.report.embeddings import save
 
         config, tables, values = trained(run_dir, split)
-        rows = embeddings(config, tables, values, split, tasks)
+        rows = embeddings(config, tables, values, split, tasks or config.eval.episodes)
         share = nearest_is_family(rows)
         print(f"{len(rows)} tasks; the nearest other task is of the same family for {100 * share:.1f} % of them")
         for path in save(rows, out or run_dir / "embeddings"):
@@ -180,31 +181,33 @@ def embed(
 @app.command()
 def methods() -> None:
     """List the methods: what `algorithm.name` can be."""
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
+    from metadist.config import load
     from metadist.methods import every_method
 
-    table = Table("algorithm.name", "paper", "orders", "ways at test", "regression", box=SIMPLE_HEAD, pad_edge=False)
+    console = Console(highlight=False)
+    line = "{:18} {:24} {:9} {:5} {:7} {}"  # 80 columns
+    console.print(line.format("algorithm.name", "paper", "orders", "ways", "numbers", "transductive"), style="bold")
     family = ""
     for method in every_method():
         if method.family != family:
             family = method.family
-            table.add_row(Text(family, style="bold"))
-        table.add_row(
-            f"  {method.method_name()}",
+            console.print(f"\n{family}", style="bold")
+        name = method.method_name()
+        told = (
+            f"  {name}",
             method.short_paper(),
             method.orders,
-            "as trained" if method.class_bound else "any",
+            "fixed" if method.class_bound else "any",
             "yes" if method.regression else "",
+            "yes" if load(f"omniglot-{name}-5w1s").task.transductive else "",
         )
-    console = Console()
-    console.print(table)
+        console.print(line.format(*told).rstrip())
     console.print(
-        "orders: of differentiation in meta-training. Transductive (a task's queries are normalised together) or "
-        "not: task.transductive and eval.transductive say it for every method, and every result says which it was.",
+        "\norders: of differentiation in meta-training. ways: fixed, judged on as many classes as trained on. numbers: "
+        "learns regression too. transductive: whether the packaged Omniglot recipe normalises a task's queries "
+        "together; task.transductive and eval.transductive change it, and every result says which it was.",
         style="dim",
     )
 

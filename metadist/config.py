@@ -31,6 +31,10 @@ GENERATED = {"sinusoid": "regression tasks y = A sin(x − φ), generated"}
 """Values of `data.name` whose tasks come from a formula: regression tasks, no examples on a disk."""
 
 
+TURNED = ("omniglot",)
+"""Data sets whose rotations are classes of their own."""
+
+
 class Source(Tree):
     """One data set of a mixture."""
 
@@ -212,6 +216,12 @@ class Config(Tree):
         for key, default, readers in UNREAD:
             if getattr(self.model, key) != default and self.model.name not in readers:
                 raise ValueError(f"model.{key}: is read by model.name={' or '.join(readers)} only")
+        turned = next((source.name for source in self.data.sources if source.name in TURNED), None)
+        if self.task.rotate and turned:
+            raise ValueError(
+                f"task.rotate: {turned} holds every class in four rotations already; turned again, two classes of an "
+                f"episode could be the same images"
+            )
         if self.model.statistics == "running" and self.model.norm != "batch":
             raise ValueError("model.statistics: running goes with model.norm=batch")
         for key, ways in self.judged("ways"):

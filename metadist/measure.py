@@ -31,3 +31,6 @@ class Measure(NamedTuple):
 ACCURACY = Measure("accuracy", True)
 MSE = Measure("mse", False)
 MEASURES = {"classification": ACCURACY, "regression": MSE}
+
+NORMALISATION = {True: "transductive", False: "not transductive", None: "–"}
+"""How a result's `transductive` is told."""

@@ -1,7 +1,6 @@
 """One run, from config to `result.json`: what `train`, a search trial and a submitted job all call."""
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,7 +172,7 @@ def _run(
         journal = Journal(folder.path, rows)
         journal.cut(first)
         display: Progress = progress(config.outer.steps, config.cluster.workers, MEASURES[config.kind])
-        trainer = Trainer(config, runtime, folder, journal, display, best, record)
+        trainer = Trainer(config, runtime, folder, journal, display, best, record, started)
         try:
             with display:
                 last = trainer.train(first)
@@ -196,7 +195,7 @@ def _run(
         except BaseException:
             journal.abandon()
             raise
-        result["wall_seconds"] = time.time() - (started or trainer.started)
+        result["wall_seconds"] = trainer.seconds
         folder.write_result(result)
         folder.unlock()
     finally:
@@ -250,6 +249,8 @@ def _result(config: Config, tables: list[Table], runtime: Runtime, trainer: Trai
         "workers": config.cluster.workers,
         "shards_by_worker": counts.shards,
         "device": config.engine.device,
+        "gpus": config.cluster.workers * float(config.cluster.gpus),
+        "hardware": runtime.hardware,
         "tasks_per_second": trainer.tasks_per_second,
         "test": tests[0] if tests else None,
         "also": tests[1:],

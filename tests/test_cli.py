@@ -16,6 +16,7 @@ import yaml
 
 from metadist.cli import app
 from metadist.config import load, packaged_jobs, resolve, to_yaml
+from metadist.methods import every_method
 from metadist.tracking.destination import resolve_uri
 
 Cli = Callable[..., Any]
@@ -279,3 +280,55 @@ def test_the_module_of_the_command_needs_neither_torch_nor_ray() -> None:
     """`--help` answers at once."""
     code = "import sys, metadist.cli; print([m for m in ('torch', 'ray', 'mlflow') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# --- methods, embed, reproduce ------------------------------------------------------
+
+
+def test_methods_lists_every_method(cli: Cli) -> None:
+    ended = cli("methods")
+    assert ended.code == 0
+    lines = {line.split()[0]: line for line in ended.out.splitlines() if line.strip()}
+    for method in every_method():
+        assert method.method_name() in lines
+        assert method.family in ended.out
+    assert lines["maml"].rstrip().endswith("yes"), "its recipe is transductive"
+    assert not lines["protonet"].rstrip().endswith("yes")
+
+
+def test_embed_writes_every_test_task(cli: Cli, tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        "data: {name: sinusoid}\ntask: {shots: 10, queries: 10, meta_batch: 16, shard: 8}\n"
+        "model: {name: mlp, width: 8, layers: 1, norm: none}\ncluster: {workers: 0}\ntracking: {uri: off}\n"
+        "algorithm: {name: task-conditioned, inner_lr: 0.01, embedding: 1}\nouter: {steps: 2}\n"
+        "eval: {every: 0, episodes: 12}\n"
+    )
+    assert cli("train", job, "--run-dir", tmp_path / "run").code == 0
+    ended = cli("embed", tmp_path / "run")
+    assert ended.code == 0, ended.err
+    assert ended.out.startswith("12 tasks; ")
+    for name in ("embeddings.parquet", "embeddings.png"):
+        assert (tmp_path / "run" / "embeddings" / name).stat().st_size > 0
+
+
+def test_reproduce_ends_with_1_where_a_row_failed(
+    cli: Cli, tiny_job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from metadist.reproduce import published
+
+    path = tmp_path / "table.yaml"
+    row = {"setting": "3w1s", "job": str(tiny_job)}
+    rows = [
+        {"method": "maml", **row, "short": ["outer.steps=2"]},
+        {"method": "broken", **row, "short": ["algorithm.inner_lr=1e37"]},
+    ]
+    path.write_text(yaml.safe_dump({"title": "Tiny", "measure": "accuracy", "rows": rows}))
+    monkeypatch.setattr(published, "tables", lambda: {"tiny": path})
+    ended = cli("reproduce", "tiny", "--methods", "maml", "--out", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    assert "(on cpu, no workers)" in ended.err
+    assert "maml, 3w1s" in (tmp_path / "out" / "short" / "table.md").read_text()
+    ended = cli("reproduce", "tiny", "--out", tmp_path / "out")
+    assert ended.code == 1
+    assert "broken" in ended.err

@@ -193,6 +193,7 @@ SINUSOID = ("data.name=sinusoid", "model.name=mlp")
     (["data.name=sinusoid"], "model.name", "goes with model.name=mlp"),
     ([*SINUSOID, "model.name=conv4"], "model.name", "conv4 is for images"),
     ([*SINUSOID, "algorithm.name=protonet"], "algorithm.name", "protonet is for classes; data.name=sinusoid"),
+    (["data.name=omniglot", "task.rotate=true"], "task.rotate", "omniglot holds every class in four rotations already"),
     ([*SINUSOID, "task.rotate=true"], "task.rotate", "not with data.name=sinusoid"),
     ([*SINUSOID, "task.within_group=true"], "task.within_group", "not with data.name=sinusoid"),
     ([*SINUSOID, "eval.ways=5"], "eval.ways", "data.name=sinusoid has none"),

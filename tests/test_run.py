@@ -50,7 +50,8 @@ def test_the_result(tiny_run: Any) -> None:
     assert result == tiny_run.result
     kinds = {
         "theta_sha256": str, "meta_steps": int, "steps_recomputed": int, "workers": int, "shards_by_worker": dict,
-        "device": str, "tasks_per_second": float, "wall_seconds": float, "test": dict, "untrained": dict,
+        "device": str, "tasks_per_second": float, "wall_seconds": float,
+        "hardware": dict, "gpus": float, "test": dict, "untrained": dict,
         "reproducible": bool, "versions": dict, "numeric_fingerprint": dict, "data_fingerprint": str,
     }  # fmt: skip
     for key, kind in kinds.items():

@@ -1,11 +1,11 @@
 """What every method is to the rest of the system.
 
 A method is told for one task; the engine puts a task axis in front of it with `vmap`, or
-loops. The runtime knows nothing of methods, and a method knows nothing of shards.
+loops. The runtime knows nothing of methods, and a method nothing of how a shard is computed.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class Algorithm(Protocol):
         ...
 
 
+@runtime_checkable
 class Direct(Protocol):
     """A method whose outer direction is no gradient has this beside `Algorithm`."""
 
@@ -61,14 +62,19 @@ class Direct(Protocol):
         ...
 
 
+@runtime_checkable
 class Comparing(Protocol):
-    """A method whose loss compares the tasks of a shard with one another has this beside `Algorithm`.
+    """A method whose loss also compares the tasks of a shard with one another has this beside `Algorithm`.
 
-    The engine then takes the gradient of the returned sum instead of each task's own loss.
+    The meta-objective of a shard is then Σ of its tasks' losses plus `comparison`.
     """
 
-    def shard_loss(self, theta: Theta, state: State, episodes: Episode, ways: int, step: int) -> tuple[Tensor, Outcome]:
-        """Σ over the tasks of a shard, differentiable in θ, and what each of them says, with a leading task axis."""
+    def compared(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> tuple[Outcome, Tensor]:
+        """`task_loss` of one task, and what of it is compared with others, a vector; both differentiable in θ."""
+        ...
+
+    def comparison(self, compared: Tensor, family: Tensor) -> Tensor:
+        """The further loss of a shard, a scalar, of its tasks' vectors [tasks, d] and families int64 [tasks]."""
         ...
 
 

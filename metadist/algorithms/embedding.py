@@ -1,7 +1,8 @@
 """Both sets of an episode as features of a network without head, for methods that read or compare features.
 
-Meta-training normalises the support set by its own statistics. At test running statistics
-serve support set and queries alike.
+Meta-training normalises the support set by its own statistics, and the queries by their own or
+by the support set's, where the code of several papers embeds both as one batch. At test running
+statistics serve support set and queries alike.
 """
 
 from collections.abc import Callable

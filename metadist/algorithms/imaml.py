@@ -21,6 +21,7 @@ from torch import Tensor
 from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
 from metadist.algorithms.context import Context
 from metadist.algorithms.coordinates import flatten, unflatten
+from metadist.algorithms.descent import on_queries, on_support
 from metadist.algorithms.objective import CLASSIFICATION, Objective
 from metadist.methods.gradient import Imaml
 from metadist.models.network import Params
@@ -46,8 +47,9 @@ class IMAML:
         """φ after K steps."""
         start = {name: value.detach() for name, value in theta.items()}
         fast: Params = start
+        loss = on_support(self.normalisation, self.objective, support)
         for _ in range(self.inner_steps):
-            gradient = torch.func.grad(self._support_loss)(fast, support)
+            gradient, _ = torch.func.grad(loss, has_aux=True)(fast)
             fast = {
                 name: value - self.inner_lr * (gradient[name] + self.proximal * (value - start[name]))
                 for name, value in fast.items()
@@ -59,16 +61,23 @@ class IMAML:
 
     def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
         """L_Q(φ), for the record; its dependence on θ is `meta_gradient`'s."""
-        return self._query_loss(self.inner_loop(theta, episode.support), state, episode)[1]
+        fast = self.inner_loop(theta, episode.support)
+        return on_queries(self.normalisation, self.objective, fast, state, episode)
 
     def meta_gradient(
         self, theta: Theta, state: State, episode: Episode, ways: int, step: int
     ) -> tuple[dict[str, Tensor], Outcome]:
         fast = self.inner_loop(theta, episode.support)
-        gradient, outcome = torch.func.grad(self._query_loss, has_aux=True)(fast, state, episode)
+        support_loss = on_support(self.normalisation, self.objective, episode.support)
+
+        def query_loss(fast: Params) -> tuple[Tensor, Outcome]:
+            outcome = on_queries(self.normalisation, self.objective, fast, state, episode)
+            return outcome.loss, outcome
 
         def slope(coordinates: Tensor) -> Tensor:
-            return flatten(torch.func.grad(self._support_loss)(unflatten(coordinates, fast), episode.support))
+            return flatten(torch.func.grad(support_loss, has_aux=True)(unflatten(coordinates, fast))[0])
+
+        gradient, outcome = torch.func.grad(query_loss, has_aux=True)(fast)
 
         hessian = torch.func.vjp(slope, flatten(fast))[1]
         x = conjugate_gradient(
@@ -77,17 +86,6 @@ class IMAML:
             self.cg_steps,
         )
         return unflatten(x, fast), outcome
-
-    def _query_loss(self, fast: Params, state: State, episode: Episode) -> tuple[Tensor, Outcome]:
-        query = episode.query
-        given = self.normalisation.given(fast, state, episode.support)
-        outputs, statistics = self.normalisation.network(fast, query.x, given)
-        loss = self.objective.loss(outputs, query.y)
-        seen = {name: statistics[name].detach() for name in state}
-        return loss, Outcome(loss, self.objective.score(outputs, query.y), seen)
-
-    def _support_loss(self, params: Params, support: Examples) -> Tensor:
-        return self.objective.loss(self.normalisation.network(params, support.x)[0], support.y)
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, steps: int) -> Tensor:

@@ -28,6 +28,7 @@ from torch import Tensor
 from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
 from metadist.algorithms.context import Context
 from metadist.algorithms.coordinates import flatten, preprocessed, unflatten
+from metadist.algorithms.descent import on_queries, on_support
 from metadist.algorithms.objective import CLASSIFICATION, Objective
 from metadist.methods.learned import LstmLearner
 from metadist.models.lstm import blank, init_lstm, lstm
@@ -67,11 +68,12 @@ class LSTMLearner:
         fast = flatten(start)
         write, keep = torch.zeros_like(fast), torch.ones_like(fast)
         memory = blank(f"{PREFIX}1", theta, fast[:, None])
+        loss = on_support(self.normalisation, self.objective, support)
         for _ in range(self.inner_steps):
             at = unflatten(fast.detach(), start)
-            gradient, loss = torch.func.grad_and_value(self._support_loss)(at, support)
+            gradient, (value, _) = torch.func.grad_and_value(loss, has_aux=True)(at)
             slope = flatten(gradient)
-            seen = torch.cat([preprocessed(slope), preprocessed(loss.detach()).expand(*slope.shape, 2)], -1)
+            seen = torch.cat([preprocessed(slope), preprocessed(value.detach()).expand(*slope.shape, 2)], -1)
             memory = lstm(f"{PREFIX}1", theta, seen, memory)
             write = self._gate("input", theta, memory.hidden, fast, write)
             keep = self._gate("forget", theta, memory.hidden, fast, keep)
@@ -82,21 +84,14 @@ class LSTMLearner:
         return self.normalisation.predictor(self.inner_loop(theta, support), state, support)
 
     def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
-        query = episode.query
         fast = self.inner_loop(theta, episode.support)
-        given = self.normalisation.given(fast, state, episode.support)
-        outputs, statistics = self.normalisation.network(fast, query.x, given)
-        seen = {name: statistics[name].detach() for name in state}
-        return Outcome(self.objective.loss(outputs, query.y), self.objective.score(outputs, query.y), seen)
+        return on_queries(self.normalisation, self.objective, fast, state, episode)
 
     def _gate(self, gate: str, theta: Theta, hidden: Tensor, fast: Tensor, before: Tensor) -> Tensor:
         """hidden: [coordinates, hidden]; fast, before: [coordinates]; the gate, [coordinates] in (0, 1)."""
         weight = theta[f"{PREFIX}{gate}.weight"]
         total = hidden @ weight[:-2] + fast * weight[-2] + before * weight[-1]
         return torch.sigmoid(total + theta[f"{PREFIX}{gate}.bias"])
-
-    def _support_loss(self, params: Params, support: Examples) -> Tensor:
-        return self.objective.loss(self.normalisation.network(params, support.x)[0], support.y)
 
 
 def build(method: LstmLearner, context: Context) -> LSTMLearner:

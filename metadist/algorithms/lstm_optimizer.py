@@ -20,6 +20,7 @@ from torch import Tensor
 from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
 from metadist.algorithms.context import Context
 from metadist.algorithms.coordinates import flatten, preprocessed, unflatten
+from metadist.algorithms.descent import on_queries, on_support
 from metadist.algorithms.objective import CLASSIFICATION, Objective
 from metadist.methods.learned import LstmOptimizer
 from metadist.models.layers import init_linear, linear
@@ -61,9 +62,10 @@ class LSTMOptimizer:
         fast = flatten(start)
         seen = fast[:, None]
         memories = {name: blank(name, theta, seen) for name in self._cells()}
+        loss = on_support(self.normalisation, self.objective, support)
         for _ in range(self.inner_steps):
             at = {name: value.detach() for name, value in path[-1].items()}
-            signal = preprocessed(flatten(torch.func.grad(self._support_loss)(at, support)))
+            signal = preprocessed(flatten(torch.func.grad(loss, has_aux=True)(at)[0]))
             for name in self._cells():
                 memories[name] = lstm(name, theta, signal, memories[name])
                 signal = memories[name].hidden
@@ -75,22 +77,15 @@ class LSTMOptimizer:
         return self.normalisation.predictor(self.inner_loop(theta, support)[-1], state, support)
 
     def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
-        support, query = episode.support, episode.query
-        path = self.inner_loop(theta, support)
-        given = self.normalisation.given(path[-1], state, support)
-        outputs, statistics = self.normalisation.network(path[-1], query.x, given)
-        loss = self.objective.loss(outputs, query.y)
+        path = self.inner_loop(theta, episode.support)
+        outcome = on_queries(self.normalisation, self.objective, path[-1], state, episode)
         if self.trajectory:
-            for fast in path[1:]:
-                loss = loss + self.trajectory * self._support_loss(fast, support)
-        seen = {name: statistics[name].detach() for name in state}
-        return Outcome(loss, self.objective.score(outputs, query.y), seen)
+            loss = on_support(self.normalisation, self.objective, episode.support)
+            outcome = outcome._replace(loss=outcome.loss + self.trajectory * sum(loss(fast)[0] for fast in path[1:]))
+        return outcome
 
     def _cells(self) -> list[str]:
         return [f"{PREFIX}{number}" for number in range(1, self.layers + 1)]
-
-    def _support_loss(self, params: Params, support: Examples) -> Tensor:
-        return self.objective.loss(self.normalisation.network(params, support.x)[0], support.y)
 
 
 def build(method: LstmOptimizer, context: Context) -> LSTMOptimizer:

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metadist.algorithms import embedding
 from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
 from metadist.algorithms.context import Context
 from metadist.algorithms.objective import accuracy
 from metadist.methods.metric import ProtoNet as Keys
-from metadist.models.network import Params, Statistics
 from metadist.tasks.episode import Episode, Examples
 
 
@@ -38,31 +38,20 @@ class ProtoNet:
         return self.normalisation.network.init(generator), self.normalisation.initial_state()
 
     def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
-        normalisation = self.normalisation
-        # Prototypes and queries share their statistics where these are running ones (§3.1 of the
-        # paper's code: one network in evaluation mode embeds both).
-        running = dict(state) if normalisation.queries == "running" else None
-        features, _ = normalisation.network(theta, support.x, running)
+        features, embed = embedding.at_test(self.normalisation, theta, state, support)
         head = self._head(prototypes(features, support.y, ways))
-        embedding: Params = theta
         for _ in range(self.finetune_steps):
-            gradient, gradient_head = torch.func.grad(self._finetune_loss, argnums=(0, 1))(
-                embedding, head, support, running
-            )
-            embedding = {name: value - self.finetune_lr * gradient[name] for name, value in embedding.items()}
-            head = tuple(value - self.finetune_lr * g for value, g in zip(head, gradient_head, strict=True))
-        given = normalisation.given(embedding, state, support)
-        return lambda x: self._logits(normalisation.network(embedding, x, given)[0], head)
+            gradient, of_head = torch.func.grad(self._finetune_loss, argnums=(0, 1))(theta, head, state, support)
+            theta = {name: value - self.finetune_lr * gradient[name] for name, value in theta.items()}
+            head = tuple(value - self.finetune_lr * g for value, g in zip(head, of_head, strict=True))
+        if self.finetune_steps:
+            _, embed = embedding.at_test(self.normalisation, theta, state, support)
+        return lambda x: self._logits(embed(x), head)
 
     def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
-        support, query = episode.support, episode.query
-        network = self.normalisation.network
-        features, of_support = network(theta, support.x)
-        given = of_support if self.normalisation.queries == "support" else None
-        embedded, of_query = network(theta, query.x, given)
-        logits = self._logits(embedded, self._head(prototypes(features, support.y, ways)))
-        statistics = {name: ((of_support[name] + of_query[name]) / 2).detach() for name in state}
-        return Outcome(F.cross_entropy(logits, query.y), accuracy(logits, query.y), statistics)
+        support, queries, statistics = embedding.in_training(self.normalisation, theta, state, episode)
+        logits = self._logits(queries, self._head(prototypes(support, episode.support.y, ways)))
+        return Outcome(F.cross_entropy(logits, episode.query.y), accuracy(logits, episode.query.y), statistics)
 
     def _head(self, centres: Tensor) -> tuple[Tensor, ...]:
         if self.distance == "cosine":
@@ -76,10 +65,8 @@ class ProtoNet:
         # −τ ‖f − c‖² without −τ ‖f‖², which all classes share and the softmax does not see.
         return features @ weight.T + bias
 
-    def _finetune_loss(
-        self, embedding: Params, head: tuple[Tensor, ...], support: Examples, running: Statistics | None
-    ) -> Tensor:
-        features, _ = self.normalisation.network(embedding, support.x, running)
+    def _finetune_loss(self, theta: Theta, head: tuple[Tensor, ...], state: State, support: Examples) -> Tensor:
+        features, _ = embedding.at_test(self.normalisation, theta, state, support)
         return F.cross_entropy(self._logits(features, head), support.y)
 
 

@@ -6,8 +6,9 @@ of one task is the serial version).
 
 With Adam, v ← β2 v + (1 − β2) g²,  φ ← φ − α g / (√v̂ + ε), v̂ = v / w, where w is to 1 what v is
 to g². v and w are zero for each task; or, as in the paper's code, where the optimizer lives on
-from task to task, `moments: kept`: state that every task begins with, v moving to the mean of g²
-over its steps and w to 1. ε outside the root keeps a zero gradient at zero, and nothing is
+from task to task, `moments: kept`: state that every task begins with. The tasks of a meta-step move it once, as
+they move running statistics: v → 0.9 v + 0.1 × the mean of g² over their steps, and w so to 1, where
+the paper's serial code keeps β2^k of v for each task. ε outside the root keeps a zero gradient at zero, and nothing is
 differentiated through the root. Mini-batch k holds the next `inner_batch` examples of the support
 set, shot by shot and around again, so that every class is in it as evenly as its size allows (the
 paper shuffles the support set for every round; examples of an episode stand in random order).
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
 from metadist.algorithms.context import Context
+from metadist.algorithms.descent import on_support
 from metadist.algorithms.objective import CLASSIFICATION, Objective
 from metadist.methods.gradient import Reptile as Keys
 from metadist.models.network import Params, Statistics
@@ -56,7 +58,8 @@ class Reptile:
         weight = kept.get(WEIGHT, torch.zeros(1, dtype=support.x.dtype, device=support.x.device))
         seen = {name: torch.zeros_like(value) for name, value in fast.items()}
         for k in range(self.inner_steps):
-            gradient = torch.func.grad(self._loss)(fast, self._mini_batch(support, k))
+            loss = on_support(self.normalisation, self.objective, self._mini_batch(support, k))
+            gradient, _ = torch.func.grad(loss, has_aux=True)(fast)
             if self.inner_optimizer == "adam":
                 seen = {n: v + gradient[n].square() / self.inner_steps for n, v in seen.items()}
                 square = {n: BETA_2 * v + (1 - BETA_2) * gradient[n].square() for n, v in square.items()}
@@ -88,9 +91,6 @@ class Reptile:
             return support
         rows = (torch.arange(self.inner_batch, device=support.y.device) + k * self.inner_batch) % size
         return Examples(support.x[rows], support.y[rows])
-
-    def _loss(self, params: Params, examples: Examples) -> Tensor:
-        return self.objective.loss(self.normalisation.network(params, examples.x)[0], examples.y)
 
 
 def build(method: Keys, context: Context) -> Reptile:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
 from metadist.algorithms.context import Context
+from metadist.algorithms.descent import on_queries, on_support
 from metadist.algorithms.objective import CLASSIFICATION, Objective
 from metadist.methods.baseline import Scratch as Keys
 from metadist.models.network import Params
@@ -41,8 +42,9 @@ class Scratch:
         fast: Params = {name: value.detach() for name, value in theta.items()}
         mean = {name: torch.zeros_like(value) for name, value in fast.items()}
         square = mean
+        loss = on_support(self.normalisation, self.objective, support)
         for k in range(1, self.inner_steps + 1):
-            gradient = torch.func.grad(self._loss)(fast, support)
+            gradient, _ = torch.func.grad(loss, has_aux=True)(fast)
             if self.inner_optimizer == "adam":
                 mean = {n: BETA_1 * m + (1 - BETA_1) * gradient[n] for n, m in mean.items()}
                 square = {n: BETA_2 * v + (1 - BETA_2) * gradient[n].square() for n, v in square.items()}
@@ -56,17 +58,14 @@ class Scratch:
 
     def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
         """The queries' loss under φ, for the record; nothing descends it."""
-        outputs, query = self.adapt(theta, state, episode.support, ways)(episode.query.x), episode.query
-        return Outcome(self.objective.loss(outputs, query.y), self.objective.score(outputs, query.y), {})
+        fast = self.inner_loop(theta, episode.support)
+        return on_queries(self.normalisation, self.objective, fast, state, episode)
 
     def meta_gradient(
         self, theta: Theta, state: State, episode: Episode, ways: int, step: int
     ) -> tuple[dict[str, Tensor], Outcome]:
         nowhere = {name: torch.zeros_like(value) for name, value in theta.items()}
         return nowhere, self.task_loss(theta, state, episode, ways, step)
-
-    def _loss(self, params: Params, examples: Examples) -> Tensor:
-        return self.objective.loss(self.normalisation.network(params, examples.x)[0], examples.y)
 
 
 def build(method: Keys, context: Context) -> Scratch:

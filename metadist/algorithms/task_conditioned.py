@@ -30,7 +30,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
 from metadist.algorithms.context import Context
@@ -74,7 +73,7 @@ class TaskConditioned:
         theta |= {f"rate.{name}": torch.zeros(self.size) for name in start}
         return theta, self.normalisation.initial_state()
 
-    def embed(self, theta: Theta, state: State, support: Examples) -> Tensor:
+    def embed(self, theta: Theta, support: Examples) -> Tensor:
         """e, a unit vector [size]."""
         x = support.x if support.y.ndim == 1 else torch.cat([support.x, support.y], 1)
         params = {name.removeprefix("encoder."): value for name, value in theta.items() if name.startswith("encoder.")}
@@ -91,22 +90,21 @@ class TaskConditioned:
         return descend(loss, start, rates, self.inner_steps, self.order)
 
     def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
-        fast = self.inner_loop(theta, self.embed(theta, state, support), support)
+        fast = self.inner_loop(theta, self.embed(theta, support), support)
         return self.normalisation.predictor(fast, state, support)
 
     def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
-        """L_Q of one task; what tasks say about one another is in `shard_loss`."""
-        return self._task(theta, state, episode)[0]
+        """L_Q of one task; what tasks say about one another is in `comparison`."""
+        return self.compared(theta, state, episode, ways, step)[0]
 
-    def shard_loss(self, theta: Theta, state: State, episodes: Episode, ways: int, step: int) -> tuple[Tensor, Outcome]:
-        outcomes, embeddings = vmap(lambda episode: self._task(theta, state, episode))(episodes)
-        contrast = contrastive(embeddings, episodes.family, self.margin)
-        return outcomes.loss.sum() + self.weight * len(embeddings) * contrast, outcomes
-
-    def _task(self, theta: Theta, state: State, episode: Episode) -> tuple[Outcome, Tensor]:
-        e = self.embed(theta, state, episode.support)
+    def compared(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> tuple[Outcome, Tensor]:
+        e = self.embed(theta, episode.support)
         fast = self.inner_loop(theta, e, episode.support)
         return on_queries(self.normalisation, self.objective, fast, state, episode), e
+
+    def comparison(self, compared: Tensor, family: Tensor) -> Tensor:
+        """λ C for each task. compared: embeddings [tasks, size]."""
+        return self.weight * len(compared) * contrastive(compared, family, self.margin)
 
 
 def contrastive(embeddings: Tensor, family: Tensor, margin: float) -> Tensor:

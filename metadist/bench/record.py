@@ -1,8 +1,6 @@
 """What a suite found: rows for a person, a machine and a plot."""
 
 import json
-import os
-import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from rich.table import Table
 
 from metadist import __version__
 from metadist.durable import storage_errors, write
+from metadist.engine.hardware import hardware
 from metadist.errors import RunError
 
 
@@ -28,22 +27,9 @@ class Row:
     repeats: int
 
 
-def hardware() -> dict[str, Any]:
-    """What the figures were measured on."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-        "metadist": __version__,
-    }
+def machine() -> dict[str, Any]:
+    """What the figures were measured on, and with which versions."""
+    return {**hardware(), "torch": torch.__version__, "metadist": __version__}
 
 
 def show(console: Console, suite: str, rows: list[Row]) -> None:
@@ -66,7 +52,7 @@ def save(out: Path, suite: str, rows: list[Row]) -> list[Path]:
         raise RunError(f"--out: {out} is a file; name a folder")
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    told = {"suite": suite, "hardware": hardware(), "rows": [asdict(row) for row in rows]}
+    told = {"suite": suite, "hardware": machine(), "rows": [asdict(row) for row in rows]}
     write(out / "bench.json", json.dumps(told, indent=2).encode())
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist([{"suite": suite, **asdict(row)} for row in rows]), sink)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from metadist.algorithms.algorithm import Algorithm, Outcome, State, Theta
+from metadist.algorithms.algorithm import Algorithm, Comparing, Direct, Outcome, State, Theta
 from metadist.algorithms.objective import Objective
 from metadist.tasks.episode import Episode
 
@@ -24,15 +24,16 @@ Judged = dict[str, Tensor]
 
 def vectorised(algorithm: Algorithm, theta: Theta, state: State, episodes: Episode, ways: int, step: int) -> Sums:
     """Sums over a batch of episodes with a leading task axis, by `vmap`."""
-    if hasattr(algorithm, "meta_gradient"):
+    if isinstance(algorithm, Direct):
         with torch.no_grad():
             each, outcomes = vmap(lambda e: algorithm.meta_gradient(theta, state, e, ways, step))(episodes)
         return _named({name: value.sum(0) for name, value in each.items()}, outcomes)
     leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
     # The gradient is taken outside of `vmap`: the sum over tasks happens inside the backward
     # pass, and what all tasks share (the first forward pass with θ) is one large product.
-    if hasattr(algorithm, "shard_loss"):
-        total, outcomes = algorithm.shard_loss(leaves, state, episodes, ways, step)
+    if isinstance(algorithm, Comparing):
+        outcomes, compared = vmap(lambda e: algorithm.compared(leaves, state, e, ways, step))(episodes)
+        total = outcomes.loss.sum() + algorithm.comparison(compared, episodes.family)
     else:
         outcomes = vmap(lambda e: algorithm.task_loss(leaves, state, e, ways, step))(episodes)
         total = outcomes.loss.sum()
@@ -41,12 +42,12 @@ def vectorised(algorithm: Algorithm, theta: Theta, state: State, episodes: Episo
 
 
 def loop(algorithm: Algorithm, theta: Theta, state: State, episodes: Episode, ways: int, step: int) -> Sums:
-    """The same, one task after the other, but for a loss that compares tasks."""
-    if hasattr(algorithm, "shard_loss"):
-        return vectorised(algorithm, theta, state, episodes, ways, step)
+    """The same, one task after the other."""
+    if isinstance(algorithm, Comparing):
+        return _compared_in_a_loop(algorithm, theta, state, episodes, ways, step)
     total: Sums = {}
     for episode in _each(episodes):
-        if hasattr(algorithm, "meta_gradient"):
+        if isinstance(algorithm, Direct):
             with torch.no_grad():
                 gradient, outcome = algorithm.meta_gradient(theta, state, episode, ways, step)
         else:
@@ -54,9 +55,21 @@ def loop(algorithm: Algorithm, theta: Theta, state: State, episodes: Episode, wa
             outcome = algorithm.task_loss(leaves, state, episode, ways, step)
             taken = torch.autograd.grad(outcome.loss, list(leaves.values()), materialize_grads=True)
             gradient = dict(zip(leaves, taken, strict=True))
-        one = _named(gradient, Outcome(*(torch.utils._pytree.tree_map(lambda v: v[None], outcome))))
+        one = _named(gradient, _stacked([outcome]))
         total = {name: total[name] + value if total else value for name, value in one.items()}
     return total
+
+
+def _compared_in_a_loop(
+    algorithm: Comparing, theta: Theta, state: State, episodes: Episode, ways: int, step: int
+) -> Sums:
+    """A loss that compares tasks has one gradient, of all of them."""
+    leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
+    each = [algorithm.compared(leaves, state, episode, ways, step) for episode in _each(episodes)]
+    outcomes = _stacked([outcome for outcome, _ in each])
+    total = outcomes.loss.sum() + algorithm.comparison(torch.stack([vector for _, vector in each]), episodes.family)
+    gradient = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+    return _named(dict(zip(leaves, gradient, strict=True)), outcomes)
 
 
 def judge_vectorised(
@@ -97,6 +110,12 @@ def _named(gradient: Sums, outcomes: Outcome) -> Sums:
     sums = {f"gradient.{name}": value for name, value in gradient.items()}
     sums |= {f"statistics.{name}": value.sum(0) for name, value in outcomes.statistics.items()}
     return sums | {"metric.loss": outcomes.loss.detach().sum(0), "metric.score": outcomes.score.sum(0)}
+
+
+def _stacked(outcomes: list[Outcome]) -> Outcome:
+    """With a leading task axis."""
+    found: Outcome = torch.utils._pytree.tree_map(lambda *values: torch.stack(values), *outcomes)  # type: ignore[misc]
+    return found
 
 
 def _each(episodes: Episode) -> list[Episode]:

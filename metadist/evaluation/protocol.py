@@ -69,9 +69,16 @@ def described(setting: Config) -> dict[str, Any]:
         "ways": 1 if setting.kind == "regression" else judged.ways or task.ways,
         "shots": judged.shots or task.shots,
         "queries": judged.queries or task.queries,
-        "transductive": task.transductive if judged.transductive is None else judged.transductive,
+        "transductive": _transductive(setting),
     }
     steps = judged.inner_steps
     if steps is None:
         steps = getattr(setting.algorithm, "inner_steps", None)
     return told | ({"finetune_steps": judged.finetune_steps} if steps is None else {"inner_steps": steps})
+
+
+def _transductive(setting: Config) -> bool | None:
+    """Whether a task's queries are normalised together; None where nothing depends on other examples."""
+    if setting.model.norm != "batch":
+        return None
+    return setting.task.transductive if setting.eval.transductive is None else setting.eval.transductive

@@ -31,6 +31,7 @@ class Line(Tree):
     """One row: a job, what its paper reports, and how its recipe is cut for the short budget.
 
     recipe: overrides of the job in every budget; short: further ones of the short budget, None for a row without one;
+    variant: what makes the row another thing than the paper's, whose figure is then not compared with;
     aim: what the cut recipe is expected to reach at least, or at most for an error.
     """
 
@@ -38,9 +39,20 @@ class Line(Tree):
     setting: str
     job: str
     published: Published | None = None
+    variant: str = ""
     recipe: tuple[str, ...] = ()
     short: tuple[str, ...] | None = None
     aim: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Such as `maml, 5w1s`."""
+        return ", ".join(part for part in (self.method, self.variant, self.setting) if part)
+
+    @property
+    def folder(self) -> str:
+        """Of the row's run."""
+        return self.name.replace(", ", "-").replace(" ", "-")
 
 
 class PublishedTable(Tree):

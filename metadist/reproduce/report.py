@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metadist.durable import storage_errors, write
-from metadist.measure import ACCURACY, MSE
+from metadist.measure import ACCURACY, MSE, NORMALISATION
 from metadist.reproduce.published import PublishedTable
 from metadist.reproduce.rows import Outcome
 from metadist.tracking.progress import duration
@@ -35,18 +35,18 @@ def markdown(table: PublishedTable, budget: str, rows: Sequence[Outcome]) -> str
     lines = [f"# {table.title}: {budget} budget", "", f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
     lines += [f"| {' | '.join(_cells(table, row))} |" for row in rows]
     higher = table.measure == "accuracy"
-    missed = [row.line.method for row in rows if row.falls_short(higher)]
+    missed = [row.line.name for row in rows if row.falls_short(higher)]
     if missed and budget == "paper":
-        lines += ["", f"Below the published figure by more than the intervals: {', '.join(missed)}."]
-    missed = [f"{row.line.method} ({row.line.aim:g})" for row in rows if row.misses_its_aim(higher)]
+        lines += ["", f"Worse than the published figure by more than our interval: {'; '.join(missed)}."]
+    missed = [f"{row.line.name} ({row.line.aim:g})" for row in rows if row.misses_its_aim(higher)]
     if missed and budget == "short":
-        lines += ["", f"Worse than the aim of the short budget: {', '.join(missed)}."]
+        lines += ["", f"Worse than the aim of the short budget: {'; '.join(missed)}."]
     told = [_curve(row) for row in rows if row.curve]
     if told:
         lines += ["", "Meta-validation on the way, by meta-step:", "", *told]
-    unverified = [row.line.method for row in rows if row.line.published and not row.line.published.verified]
+    unverified = [row.line.name for row in rows if row.line.published and not row.line.published.verified]
     if unverified:
-        lines += ["", f"Published figures quoted second-hand: {', '.join(unverified)}."]
+        lines += ["", f"Published figures quoted second-hand: {'; '.join(unverified)}."]
     machines = dict.fromkeys(row.hardware for row in rows if row.hardware)
     lines += ["", f"Hardware: {'; '.join(machines) or '–'}.", "", "```", *(row.command for row in rows), "```", ""]
     return "\n".join(lines)
@@ -63,17 +63,18 @@ def show(console: Console, table: PublishedTable, budget: str, rows: Sequence[Ou
 def _cells(table: PublishedTable, row: Outcome) -> list[str]:
     published = row.line.published
     theirs = "–" if published is None else f"{_figure(table, published.value, published.ci95)} ({published.source})"
+    method = ", ".join(part for part in (row.line.method, row.line.variant) if part)
     if row.value is None:
-        return [row.line.method, row.line.setting, f"failed: {row.problem}", theirs, "–", "–", "–", "–"]
+        return [method, row.line.setting, f"failed: {row.problem}", theirs, "–", "–", "–", "–"]
     difference = "–" if row.difference is None else f"{row.difference:+.2f}"
     return [
-        row.line.method,
+        method,
         row.line.setting,
         _figure(table, row.value, row.ci95),
         theirs,
         difference,
         "–" if row.untrained is None else _figure(table, row.untrained, None),
-        "transductive" if row.transductive else "not transductive",
+        NORMALISATION[row.transductive],
         f"{row.steps:,} steps, {duration(row.seconds)}",
     ]
 
@@ -82,7 +83,7 @@ def _curve(row: Outcome) -> str:
     """At most some ten points of it."""
     every = -(-len(row.curve) // 10)
     points = row.curve[::-1][::every][::-1]
-    return f"- {row.line.method}, {row.line.setting}: {', '.join(f'{step:,}: {value:.4g}' for step, value in points)}"
+    return f"- {row.line.name}: {', '.join(f'{step:,}: {value:.4g}' for step, value in points)}"
 
 
 def _figure(table: PublishedTable, value: float, ci95: float | None) -> str:
@@ -97,6 +98,7 @@ def _record(table: PublishedTable, budget: str, row: Outcome) -> dict[str, Any]:
         "table": table.title,
         "budget": budget,
         "method": row.line.method,
+        "variant": row.line.variant or None,
         "setting": row.line.setting,
         "measure": table.measure,
         "ours": row.value,

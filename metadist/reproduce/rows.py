@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metadist.bench.record import hardware
 from metadist.config import load, refuse_changed_mathematics, resolve
 from metadist.errors import ConfigError
 from metadist.reproduce.published import Line, PublishedTable
@@ -38,7 +37,7 @@ class Outcome:
     @property
     def difference(self) -> float | None:
         """Ours − published."""
-        if self.value is None or self.line.published is None:
+        if self.value is None or self.line.published is None or self.line.variant:
             return None
         return self.value - self.line.published.value
 
@@ -49,12 +48,11 @@ class Outcome:
         return self.value < self.line.aim if higher_is_better else self.value > self.line.aim
 
     def falls_short(self, higher_is_better: bool) -> bool:
-        """Whether ours is worse than the published figure by more than both intervals."""
-        difference, published = self.difference, self.line.published
-        if difference is None or published is None:
+        """Whether ours is worse than the published figure by more than our interval."""
+        difference = self.difference
+        if difference is None:
             return False
-        slack = (self.ci95 or 0.0) + (published.ci95 or 0.0)
-        return (-difference if higher_is_better else difference) > slack
+        return (-difference if higher_is_better else difference) > (self.ci95 or 0.0)
 
 
 def overrides_of(table: PublishedTable, line: Line, budget: str, further: Sequence[str]) -> list[str]:
@@ -69,7 +67,11 @@ def check(table: PublishedTable, line: Line, budget: str, further: Sequence[str]
     if not (folder / "config.yaml").is_file():
         return
     there = load(folder / "config.yaml")
-    refuse_changed_mathematics(there, wanted)
+    try:
+        refuse_changed_mathematics(there, wanted)
+    except ConfigError as error:
+        key = str(error).partition(":")[0]
+        raise ConfigError(f"{folder}: holds a run with another {key}; name another --out, or remove it") from error
     if there.eval != wanted.eval:
         raise ConfigError(f"{folder}: holds a run with another eval section; name another --out, or remove it")
 
@@ -82,7 +84,9 @@ def run_row(
     if not (folder / "result.json").is_file():
         begun = (folder / "config.yaml").is_file()
         words = ["--resume", str(folder)] if begun else [line.job, *overrides, "--run-dir", str(folder)]
-        say(f"{line.method}, {line.setting}: {'going on' if begun else 'training'} in {folder}")
+        config = resolve(load(line.job, overrides))
+        where = f"on {config.engine.device}, {config.cluster.workers or 'no'} workers"
+        say(f"{line.name}: {'going on' if begun else 'training'} in {folder} ({where})")
         folder.parent.mkdir(parents=True, exist_ok=True)
         log = folder.with_suffix(".log")
         with log.open("a") as file:
@@ -120,8 +124,6 @@ def _outcome(
     test, unit = result.get("test"), 100.0 if table.measure == "accuracy" else 1.0
     if not test or table.measure not in test:
         return Outcome(line, command, problem=f"its result has no {table.measure} (eval.test is off?)")
-    machine = hardware()
-    device = machine["gpu"] if result["device"] == "cuda" else machine["cpu"]
     return Outcome(
         line,
         command,
@@ -131,6 +133,15 @@ def _outcome(
         steps=result["meta_steps"],
         seconds=result["wall_seconds"],
         transductive=test["transductive"],
-        hardware=f"{max(1, result['workers'])} × {device}",
+        hardware=_hardware(result),
         curve=curve,
     )
+
+
+def _hardware(result: dict[str, Any]) -> str:
+    """What ran the row, as its result says."""
+    there, workers = result["hardware"], result["workers"]
+    who = f"{workers} workers" if workers > 1 else "1 worker" if workers else "one process"
+    if result["device"] == "cuda":
+        return f"{who} on {result['gpus'] or 1:g} × {there['gpu']}"
+    return f"{who} on {there['cpu']} with {there['cores']} cores, {there['instructions']}"

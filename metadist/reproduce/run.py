@@ -30,7 +30,7 @@ def reproduce(
     table = read_table(name)
     lines = chosen(table, budget, methods, settings)
     folder = out / budget
-    folders = [folder / f"{line.method}-{line.setting}" for line in lines]
+    folders = [folder / line.folder for line in lines]
     for line, place in zip(lines, folders, strict=True):
         check(table, line, budget, overrides, place)
     with storage_errors(folder):
@@ -49,7 +49,7 @@ def reproduce(
             known = {row.line: row for row in (*others, *done.values())}
             save(folder, table, budget, [known[line] for line in table.rows if line in known])
             row = done[running[future]]
-            say(f"{row.line.method}, {row.line.setting}: {row.problem or f'{row.value:.4g} ± {row.ci95:.2g}'}")
+            say(f"{row.line.name}: {row.problem or f'{row.value:.4g} ± {row.ci95:.2g}'}")
     return table, [done[number] for number in sorted(done)]
 
 
@@ -59,7 +59,7 @@ def _finished(
     """Rows that earlier calls have run in a folder, as far as they are runs of the table as it is now."""
     found = []
     for line in lines:
-        place = folder / f"{line.method}-{line.setting}"
+        place = folder / line.folder
         if (place / "result.json").is_file():
             with contextlib.suppress(ConfigError):
                 check(table, line, budget, overrides, place)

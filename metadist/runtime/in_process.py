@@ -23,6 +23,7 @@ class InProcess:
         introduction = self.worker.introduce()
         self.aggregator = self._aggregator(snapshot)
         self.fingerprint = introduction.fingerprint | {"probe": introduction.probe}
+        self.hardware = introduction.hardware
         self._broadcast: Broadcast = self.aggregator.broadcast()
         self._computed = 0
         self._recomputed = 0

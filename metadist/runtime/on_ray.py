@@ -55,6 +55,7 @@ class OnRay:
         self._shape, self._classes = tasks.shape, tasks.classes
         self.ray, self._ours = connect(config.cluster)
         self.fingerprint: dict[str, str] = {}
+        self.hardware: dict[str, Any] = {}
         self.pids: dict[str, int] = {}
         self._actors: dict[str, Any] = {}
         self._arriving: dict[Any, str] = {}
@@ -123,7 +124,7 @@ class OnRay:
         """Admit a worker whose bits are the run's."""
         found = introduction.fingerprint | {"probe": introduction.probe}
         if not self.fingerprint:
-            self.fingerprint = found
+            self.fingerprint, self.hardware = found, introduction.hardware
         told = differences(self.fingerprint, found)
         if told:
             self._dismiss(name)

@@ -1,7 +1,7 @@
 """What a training loop needs of whatever computes for it, in one process or on Ray."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -79,6 +79,11 @@ class Runtime(Protocol):
     @property
     def fingerprint(self) -> dict[str, str]:
         """The numeric fingerprint all workers share, with `probe`, the hash of the probe shard."""
+        ...
+
+    @property
+    def hardware(self) -> dict[str, Any]:
+        """What the first worker runs on."""
         ...
 
     def counts(self) -> Counts: ...

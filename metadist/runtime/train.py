@@ -32,6 +32,7 @@ class Trainer:
         display: Progress,
         best: Best | None,
         record: dict[str, Any],
+        started: float | None = None,
     ) -> None:
         self.config, self.runtime, self.folder = config, runtime, folder
         self.journal, self.display, self.best = journal, display, best
@@ -41,10 +42,15 @@ class Trainer:
             "steps_recomputed": record.get("steps_recomputed", 0),
         }
         self.recomputed: int = self.record["steps_recomputed"]
-        self.started = time.time()
+        self._began = (started or time.time()) - record.get("seconds", 0.0)
         self.measure = MEASURES[config.kind]
         self._done_here, self._training = 0, 0.0
         self._losses, self._went_back_to = 0, -1
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run: of this process, and of those before it up to their last checkpoint."""
+        return time.time() - self._began
 
     @property
     def tasks_per_second(self) -> float:
@@ -119,7 +125,7 @@ class Trainer:
         return better
 
     def _checkpoint(self, later: Callable[[], Snapshot]) -> None:
-        best, record = self.best, {**self.record, "steps_recomputed": self.recomputed}
+        best, record = self.best, self._recorded()
         folder, keep = self.folder.checkpoints, self.config.checkpoint.keep
 
         def save() -> None:
@@ -129,12 +135,14 @@ class Trainer:
 
         self.journal.later(save)
 
+    def _recorded(self) -> dict[str, Any]:
+        return {**self.record, "steps_recomputed": self.recomputed, "seconds": self.seconds}
+
     def _stop(self, problem: NotFinite) -> None:
         """Divergence: θ was never touched by the bad shard, so the state before the step is good; keep it."""
         snapshot = self.runtime.snapshot()()
         self.journal.flush()  # it may be writing the same checkpoint
-        record = {**self.record, "steps_recomputed": self.recomputed}
-        save_checkpoint(self.folder.checkpoints, snapshot, self.best, record)
+        save_checkpoint(self.folder.checkpoints, snapshot, self.best, self._recorded())
         raise Divergence(
             f"diverged at {problem}; the state before it is kept in {self.folder.checkpoints}/step-{snapshot.step}; "
             f"a smaller algorithm.inner_lr or outer.lr, or outer.clip, may help"

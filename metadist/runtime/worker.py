@@ -10,7 +10,7 @@ import socket
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,17 +20,19 @@ from metadist.data.table import Table, open_table
 from metadist.engine.engine import Engine
 from metadist.engine.exact import first_exponents
 from metadist.engine.fingerprint import fingerprint
+from metadist.engine.hardware import hardware
 from metadist.runtime.aggregator import Broadcast
 
 
 class Introduction(NamedTuple):
-    """What a worker says of itself when it is ready: its fingerprint and the hash of the probe shard."""
+    """What a worker says of itself when it is ready: fingerprint, hash of the probe shard, hardware."""
 
     pid: int
     host: str
     gpus: tuple[str, ...]
     fingerprint: dict[str, str]
     probe: str
+    hardware: dict[str, Any]
 
 
 class Receipt(NamedTuple):
@@ -82,7 +84,9 @@ class Worker:
         probe = hashlib.sha256(part.q.astype("<i8").tobytes() + bytes([part.finite, part.fits])).hexdigest()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         gpus = tuple(name for name in visible.split(",") if name)
-        return Introduction(os.getpid(), socket.gethostname(), gpus, fingerprint(self.config, self.tables), probe)
+        return Introduction(
+            os.getpid(), socket.gethostname(), gpus, fingerprint(self.config, self.tables), probe, hardware()
+        )
 
     def compute(
         self, broadcast: Broadcast, step: int, attempt: int, shards: Sequence[int]

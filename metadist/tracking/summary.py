@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from metadist.measure import ACCURACY, MSE, Measure
+from metadist.measure import ACCURACY, MSE, NORMALISATION, Measure
 from metadist.tracking.progress import duration
 
 
@@ -53,7 +53,7 @@ def _row(test: Mapping[str, Any]) -> list[str]:
         _interval(test),
         f"{test['ways']}-way {test['shots']}-shot" if "accuracy" in test else f"{test['shots']}-shot regression",
         str(test["queries"]),
-        "transductive" if test["transductive"] else "not transductive",
+        NORMALISATION[test["transductive"]],
         f"{test['episodes']:,}",
     ]
 

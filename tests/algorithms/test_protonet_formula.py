@@ -3,7 +3,19 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_reference import config_of, episodes_of, method, network, one_of, parameters, protonet_task, relative, sums
+from metric_checks import learned
+from plain_reference import (
+    config_of,
+    episodes_of,
+    method,
+    network,
+    one_of,
+    parameters,
+    protonet_task,
+    relative,
+    stored,
+    sums,
+)
 
 from metadist.algorithms import for_evaluation
 from metadist.algorithms.protonet import prototypes
@@ -117,3 +129,30 @@ def test_prototypes_of_unequal_classes_in_any_order():
     y = torch.tensor([2, 0, 2, 1, 2, 0])
     expected = torch.stack([features[[1, 5]].mean(0), features[3], features[[0, 2, 4]].mean(0)])
     assert torch.allclose(prototypes(features, y, 3), expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("model", ["stride2", "conv4"])
+def test_running_statistics_are_collected_and_judged_by(model):
+    """In training the mean of both sets' own; at test every image by the state's."""
+    image = IMAGES[model]
+    config = protonet(model, transductive=False).with_values(model={"statistics": "running"})
+    theta, state = parameters(config, image)
+    assert state
+    episode = one_of(episodes_of(config, image), 0)
+    sets = [stored(network(config.model, theta, examples.x)[1]) for examples in (episode.support, episode.query)]
+    expected = {name: (sets[0][name] + sets[1][name]) / 2 for name in state}
+    found = method(config, image).task_loss(theta, state, episode, 4, 0).statistics
+    assert relative(found, expected) < 1e-12
+
+    layers = [name.removesuffix(".norm.mean") for name in state if name.endswith(".norm.mean")]
+    given = {layer: (state[f"{layer}.norm.mean"], state[f"{layer}.norm.variance"]) for layer in layers}
+    support, query = (network(config.model, theta, x, given)[0] for x in (episode.support.x, episode.query.x))
+    centres = torch.stack([support[episode.support.y == k].mean(0) for k in range(4)])
+    logits = -((query[:, None] - centres) ** 2).sum(-1)
+    judged = for_evaluation(config, image).adapt(theta, state, episode.support, 4)(episode.query.x)
+    assert (judged.softmax(-1) - logits.softmax(-1)).abs().max() < 1e-12
+
+
+def test_it_learns():
+    before, after = learned({"name": "protonet"})
+    assert after > before + 0.3

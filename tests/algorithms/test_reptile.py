@@ -10,6 +10,7 @@ from inner_loop_checks import (
     engines_disagree,
     episodes,
     error_of_sums,
+    learns_sinusoids,
     plain_loss,
     plain_queries,
     ways,
@@ -83,6 +84,10 @@ def test_kept_moments_are_adams_own(what, engine):
     expected["statistics.square_weight"] = torch.ones(1, dtype=torch.float64)
     found = engine(method(config, shape), theta, state, episodes(config, shape, 1), ways(config), 0)
     assert relative({name: found[name] for name in expected}, expected) < 1e-9
+    judged = for_evaluation(config, shape).adapt(theta, state, episode.support, ways(config))(episode.query.x)
+    assert (
+        judged - plain_queries(config, leaves, episode, "together" if config.task.transductive else "support")[1]
+    ).abs().max() < 1e-9
 
 
 def test_moments_that_hold_nothing_are_fresh_ones():
@@ -191,3 +196,8 @@ def test_it_learns_clusters(moments):
         theta = {name: value - (1 - step / 100) * sums[f"gradient.{name}"] / 5 for name, value in theta.items()}
         state = {name: 0.9 * value + 0.1 * sums[f"statistics.{name}"] / 5 for name, value in state.items()}
     assert score() > before + 0.1
+
+
+def test_it_learns_sinusoids():
+    before, after = learns_sinusoids({"name": "reptile", "inner_lr": 0.01, "inner_steps": 10})
+    assert after < 0.75 * before

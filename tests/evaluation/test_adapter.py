@@ -12,19 +12,19 @@ from metadist.config import Config
 from metadist.engine.engine import Blueprint
 from metadist.errors import RunError
 from metadist.evaluation.adapter import Adapter
+from metadist.methods import every_method
 from metadist.tasks.episode import Examples
 
-IMAGE = (1, 16, 16)
+IMAGE, CLASSES = (1, 16, 16), 7
 
 
 def config_of(name: str) -> Config:
-    return Config.model_validate(
-        {"task": {"ways": 3}, "model": {"name": "mlp", "width": 8}, "algorithm": {"name": name}}
-    )
+    task = {"ways": 3, "within_group": name == "task-conditioned"}
+    return Config.model_validate({"task": task, "model": {"name": "mlp", "width": 8}, "algorithm": {"name": name}})
 
 
 def saved(config: Config, folder: Path) -> Path:
-    blueprint = Blueprint(config, IMAGE)
+    blueprint = Blueprint(config, IMAGE, CLASSES)
     path = folder / "theta.safetensors"
     save_file(blueprint.theta | blueprint.state, path)
     return path
@@ -34,7 +34,7 @@ def images(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, *IMAGE), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("name", ["maml", "reptile", "protonet"])
+@pytest.mark.parametrize("name", [method.method_name() for method in every_method()])
 def test_probabilities_are_the_methods_own(name: str, tmp_path: Path) -> None:
     config = config_of(name)
     support, labels, queries = images(6, 0), np.array([0, 1, 2, 0, 1, 2]), images(4, 1)
@@ -42,8 +42,8 @@ def test_probabilities_are_the_methods_own(name: str, tmp_path: Path) -> None:
     assert found.shape == (4, 3)
     assert found.dtype == np.float32
     assert np.allclose(found.sum(1), 1, atol=1e-6)
-    blueprint = Blueprint(config, IMAGE)
-    method = algorithms.for_evaluation(config, IMAGE)
+    blueprint = Blueprint(config, IMAGE, CLASSES)
+    method = algorithms.for_evaluation(config, IMAGE, CLASSES)
     examples = Examples(torch.from_numpy(support) / 255, torch.from_numpy(labels))
     logits = method.adapt(blueprint.theta, blueprint.state, examples, 3)(torch.from_numpy(queries) / 255)
     assert np.allclose(found, torch.softmax(logits, -1).detach().numpy(), atol=1e-6)

@@ -11,7 +11,8 @@ from metadist import algorithms
 from metadist.config import validate
 from metadist.errors import ConfigError
 from metadist.evaluate import trained
-from metadist.evaluation.embeddings import embeddings, nearest_is_family, save
+from metadist.evaluation.embeddings import embeddings, nearest_is_family
+from metadist.report.embeddings import save
 from metadist.run import train
 from metadist.tasks.samplers import evaluation_tasks
 
@@ -41,7 +42,7 @@ def test_every_task_has_its_family_and_the_encoders_vector(run_dir: Path, tmp_pa
     whole = sampler.sample(0, 0, 21)
     for row in rows:
         one = whole.support._replace(x=whole.support.x[row["task"]], y=whole.support.y[row["task"]])
-        expected = algorithm.embed(values, {}, one)  # type: ignore[attr-defined]
+        expected = algorithm.embed(values, one)  # type: ignore[attr-defined]
         assert torch.allclose(torch.tensor(row["embedding"]), expected, atol=1e-6)
         assert row["family"] == sampler.families[int(whole.family[row["task"]])]
     assert len({row["family"] for row in rows}) > 1

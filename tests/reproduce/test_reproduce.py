@@ -15,6 +15,11 @@ from metadist.reproduce.report import markdown
 from metadist.reproduce.rows import Outcome, overrides_of
 
 
+def newest(folder: Path) -> Path:
+    """The last checkpoint."""
+    return max(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
 @pytest.fixture
 def table(tmp_path: Path, tiny_job: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     """`tiny`: two rows that finish and one that cannot."""
@@ -47,11 +52,23 @@ def table(tmp_path: Path, tiny_job: Path, monkeypatch: pytest.MonkeyPatch) -> di
 
 
 def reproduce(
-    out: Path, methods: str | None = None, budget: str = "short", overrides: tuple[str, ...] = (), **further: str
+    out: Path,
+    methods: str | None = None,
+    budget: str = "short",
+    overrides: tuple[str, ...] = (),
+    at_once: int = 1,
+    **further: str,
 ):
     said: list[str] = []
     _, rows = run.reproduce(
-        "tiny", budget=budget, methods=methods, overrides=overrides, out=out, at_once=1, say=said.append, **further
+        "tiny",
+        budget=budget,
+        methods=methods,
+        overrides=overrides,
+        out=out,
+        at_once=at_once,
+        say=said.append,
+        **further,
     )
     return rows, said
 
@@ -80,7 +97,11 @@ def test_rows_are_run_resumed_and_told(table: dict, tmp_path: Path) -> None:
     assert f"- maml, 3w1s: {judged[0][0]}: {judged[0][1]:.4g}" in text
     assert "outer.steps=6" in maml.command
 
+    assert maml.hardware.startswith("one process on ")
+    assert maml.seconds == result["wall_seconds"]
+
     # Stopped before its end, a row goes on from its checkpoint; a finished one is read.
+    checkpoint = newest(out / "short" / "maml-3w1s" / "checkpoints")
     (out / "short" / "maml-3w1s" / "result.json").unlink()
     again, said = reproduce(out, "maml,fomaml")
     assert any("going on" in line for line in said)
@@ -88,6 +109,8 @@ def test_rows_are_run_resumed_and_told(table: dict, tmp_path: Path) -> None:
     assert [row.value for row in again] == [row.value for row in rows]
     after = json.loads((out / "short" / "maml-3w1s" / "result.json").read_text())
     assert after["theta_sha256"] == result["theta_sha256"]
+    before_it_stopped = json.loads((checkpoint / "checkpoint.json").read_text())["seconds"]
+    assert 0 < before_it_stopped < again[0].seconds == after["wall_seconds"], "the time of all its processes"
 
     # Another call's rows stay in the table, as long as they are what the table asks for.
     for path in (out / "short").glob("table.*"):
@@ -96,7 +119,7 @@ def test_rows_are_run_resumed_and_told(table: dict, tmp_path: Path) -> None:
     assert [row.line.method for row in rows] == ["fomaml"]
     assert [row["method"] for row in pq.read_table(out / "short" / "table.parquet").to_pylist()] == ["maml", "fomaml"]
 
-    with pytest.raises(ConfigError, match="seed"):
+    with pytest.raises(ConfigError, match=r"maml-3w1s: holds a run with another seed; name another --out"):
         reproduce(out, "maml", overrides=("seed=7",))
     with pytest.raises(ConfigError, match="eval"):
         reproduce(out, "maml", overrides=("eval.episodes=10",))
@@ -109,6 +132,21 @@ def test_a_setting_may_stand_in_the_paper_budget_alone(table: dict, tmp_path: Pa
     config = load(tmp_path / "out" / "paper" / "maml-2w1s" / "config.yaml")
     assert (row.steps, config.task.ways) == (2, 2)
     assert "task.ways=2 outer.steps=2" in row.command
+
+
+def test_two_rows_at_once_and_a_variant_of_one(table: dict, tmp_path: Path) -> None:
+    rows, _ = reproduce(tmp_path / "out", "maml,fomaml", at_once=2)
+    assert [row.line.method for row in rows] == ["maml", "fomaml"]
+    assert all(row.value is not None for row in rows)
+    assert len((tmp_path / "out" / "short" / "table.md").read_text().split("```")[1].strip().splitlines()) == 2
+
+    line = Line(
+        method="m", variant="easier", setting="s", job="j", published=Published(value=9.0, source="A"), short=()
+    )
+    row = Outcome(line, "metadist train j", value=5.0, ci95=1.0, hardware="1 CPU", transductive=None)
+    assert (line.folder, row.difference, row.falls_short(True)) == ("m-easier-s", None, False)
+    told = markdown(PublishedTable(title="T", measure="accuracy", rows=(line,)), "short", [row])
+    assert "| m, easier | s | 5.00 ± 1.00 % | 9.00 % (A) | – |" in told
 
 
 def test_a_row_that_fails_stops_no_other(table: dict, tmp_path: Path) -> None:
@@ -151,7 +189,7 @@ def test_what_misses_its_aim_is_named_under_the_short_budget(measure, aim, misse
     line = Line(method="m", setting="s", job="j", aim=aim)
     row = Outcome(line, "metadist train j", value=95.0, ci95=1.0, hardware="1 × CPU", transductive=True)
     table = PublishedTable(title="T", measure=measure, rows=(line,))
-    assert (f"Worse than the aim of the short budget: m ({aim:g})" in markdown(table, "short", [row])) is missed
+    assert (f"Worse than the aim of the short budget: m, s ({aim:g})" in markdown(table, "short", [row])) is missed
     assert "Worse" not in markdown(table, "paper", [row])
 
 
@@ -159,7 +197,8 @@ def test_what_misses_its_aim_is_named_under_the_short_budget(measure, aim, misse
     ("measure", "ours", "published", "short"),
     [
         ("accuracy", (90.0, 1.0), (92.5, 1.0), True),
-        ("accuracy", (90.0, 1.0), (91.5, 1.0), False),
+        ("accuracy", (90.0, 1.0), (91.5, 1.0), True),
+        ("accuracy", (90.0, 1.0), (90.9, 1.0), False),
         ("accuracy", (95.0, 1.0), (91.5, 1.0), False),
         ("mse", (0.9, 0.1), (0.5, 0.1), True),
         ("mse", (0.3, 0.1), (0.5, 0.1), False),
@@ -172,7 +211,7 @@ def test_what_falls_short_is_named(measure, ours, published, short) -> None:
     row = Outcome(line, "metadist train j", value=ours[0], ci95=ours[1], hardware="1 × CPU", transductive=True)
     assert row.falls_short(measure == "accuracy") is short
     text = markdown(PublishedTable(title="T", measure=measure, rows=(line,)), "paper", [row])
-    assert ("Below the published figure" in text) is short
+    assert ("Worse than the published figure by more than our interval: m, s." in text) is short
 
 
 @pytest.mark.parametrize("name", list(published.tables()))
@@ -188,6 +227,6 @@ def test_packaged_tables_are_whole(name: str) -> None:
             assert line.method in (config.algorithm.name, "fomaml" if config.algorithm.name == "maml" else None)
             ways, shots = config.eval.ways or config.task.ways, config.eval.shots or config.task.shots
             assert line.setting == (f"{ways}w{shots}s" if table.measure == "accuracy" else f"{shots}-shot")
-    assert len({(line.method, line.setting) for line in table.rows}) == len(table.rows)
+    assert len({line.folder for line in table.rows}) == len(table.rows)
     first = table.rows[0].method
     assert {line.method for line in chosen(table, "paper", first)} == {first}

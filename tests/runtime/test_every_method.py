@@ -1,6 +1,7 @@
 """Every method's shards are the same bits in whichever process they are computed, and their order does not count."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from metadist.config import Config, resolve
 from metadist.data.sources import prepare
 from metadist.methods import every_method
 from metadist.runtime.aggregator import Aggregator
+from metadist.runtime.checkpoint import load_checkpoint, save_checkpoint
 from metadist.runtime.worker import Worker
 
 pytestmark = pytest.mark.cluster
@@ -21,6 +23,7 @@ KEEP_STATISTICS = ("maml", "maml++", "protonet", "relation", "baseline++")
 
 CASES = [(method.method_name(), FURTHER.get(method.method_name(), ())) for method in every_method()]
 CASES += [(name, RUNNING) for name in KEEP_STATISTICS]
+CASES += [("reptile", ("algorithm.moments=kept",)), ("mann", ("algorithm.labels=beside",))]
 CASES += [
     (method.method_name(), ("data.name=sinusoid", "task.ways=5", "model.norm=none"))
     for method in every_method()
@@ -47,7 +50,7 @@ def hosts(connected: Any) -> Any:
 
 @pytest.mark.parametrize(("name", "overrides"), CASES, ids=[f"{name} {' '.join(more)}".strip() for name, more in CASES])
 def test_same_bits(
-    name: str, overrides: tuple[str, ...], tiny: Callable[..., Config], cluster: Any, hosts: Any
+    name: str, overrides: tuple[str, ...], tiny: Callable[..., Config], cluster: Any, hosts: Any, tmp_path: Path
 ) -> None:
     import ray
 
@@ -75,6 +78,7 @@ def test_same_bits(
     assert all(np.array_equal(value, other.memory[key]) for key, value in one.memory.items())
 
     # And what a checkpoint holds is all of it: an aggregator made from it takes the next step to the same bits.
+    one, _, _ = load_checkpoint(save_checkpoint(tmp_path, one, None, {}))
     resumed = Aggregator(config, tasks.shape, one, tasks.classes)
     broadcast = alone.broadcast()
     receipt, q = here.compute(broadcast, STEPS, broadcast.attempt, (0, 1))
