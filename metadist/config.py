@@ -518,7 +518,8 @@ def _one_line(error: ValidationError, raw: dict[str, Any]) -> str:
         return f"unknown key {key}{_did_you_mean(path[-1], names, prefix) or _choices([prefix + n for n in names])}"
     if kind == "union_tag_invalid":
         names = sorted(str(first["ctx"]["expected_tags"]).replace("'", "").split(", "))
-        return f"algorithm.name: {tag!r} is no method{_did_you_mean(str(tag), names) or _choices(names)}"
+        instead = "; it is maml with algorithm.order=1" if tag == "fomaml" else _did_you_mean(str(tag), names)
+        return f"algorithm.name: {tag!r} is no method{instead or _choices(names)}"
     if kind == "union_tag_not_found":
         return "algorithm.name: says which method; it is missing" + _choices(algorithm_names())
     if kind == "value_error":

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from metadist.config import load, refuse_changed_mathematics, resolve
 from metadist.errors import ConfigError
 from metadist.reproduce.published import Line, PublishedTable
@@ -87,6 +89,8 @@ def run_row(
         config = resolve(load(line.job, overrides))
         where = f"on {config.engine.device}, {config.cluster.workers or 'no'} workers"
         say(f"{line.name}: {'going on' if begun else 'training'} in {folder} ({where})")
+        if config.engine.device == "cpu" and torch.cuda.is_available():
+            say(f"{line.name}: a GPU is here; engine.device=cuda would use it")
         folder.parent.mkdir(parents=True, exist_ok=True)
         log = folder.with_suffix(".log")
         with log.open("a") as file:
@@ -98,18 +102,19 @@ def run_row(
             )
         if done.returncode != 0:
             lines = [text for text in log.read_text(errors="replace").splitlines() if text.strip()]
-            return Outcome(line, _command(line, overrides), problem=(lines or ["no output"])[-1][:200])
+            return Outcome(line, command_of(line, overrides), problem=(lines or ["no output"])[-1][:200])
     return finished_row(table, line, budget, further, folder)
 
 
 def finished_row(table: PublishedTable, line: Line, budget: str, further: Sequence[str], folder: Path) -> Outcome:
     """What came of a row that has run to its end in `folder`."""
     result = json.loads((folder / "result.json").read_text())
-    command = _command(line, overrides_of(table, line, budget, further))
+    command = command_of(line, overrides_of(table, line, budget, further))
     return _outcome(table, line, command, result, _curve(table, folder / "metrics.parquet"))
 
 
-def _command(line: Line, overrides: Sequence[str]) -> str:
+def command_of(line: Line, overrides: Sequence[str]) -> str:
+    """What a person types to run the row alone."""
     return f"metadist train {line.job} {shlex.join(overrides)}".strip()
 
 
@@ -140,7 +145,9 @@ def _outcome(
 
 def _hardware(result: dict[str, Any]) -> str:
     """What ran the row, as its result says."""
-    there, workers = result["hardware"], result["workers"]
+    there, workers = result.get("hardware"), result["workers"]
+    if there is None:
+        return "unknown, of a version that did not record it"
     who = f"{workers} workers" if workers > 1 else "1 worker" if workers else "one process"
     if result["device"] == "cuda":
         return f"{who} on {result['gpus'] or 1:g} × {there['gpu']}"

@@ -10,9 +10,9 @@ import yaml
 from metadist.config import find_job, load
 from metadist.errors import ConfigError, RunError
 from metadist.reproduce import published, run
-from metadist.reproduce.published import Line, Published, PublishedTable, chosen, read_table
+from metadist.reproduce.published import BUDGETS, Line, Published, PublishedTable, chosen, read_table
 from metadist.reproduce.report import markdown
-from metadist.reproduce.rows import Outcome, overrides_of
+from metadist.reproduce.rows import Outcome, command_of, overrides_of
 
 
 def newest(folder: Path) -> Path:
@@ -230,3 +230,18 @@ def test_packaged_tables_are_whole(name: str) -> None:
     assert len({line.folder for line in table.rows}) == len(table.rows)
     first = table.rows[0].method
     assert {line.method for line in chosen(table, "paper", first)} == {first}
+
+
+def test_what_is_recorded_is_what_the_tables_run() -> None:
+    """Every command in jobs/RESULTS.md is that of a row as the tables have it now."""
+    current = set()
+    for name in published.tables():
+        table = read_table(name)
+        further = ("data.root=FOLDER",) if name == "omniglot" else ()
+        for line in table.rows:
+            for budget in BUDGETS[line.short is None :]:
+                current.add(command_of(line, overrides_of(table, line, budget, further)))
+    text = (find_job("quickstart").parent / "RESULTS.md").read_text()
+    recorded = [line for line in text.splitlines() if line.startswith("metadist train")]
+    assert recorded
+    assert [line for line in recorded if line not in current] == []
