@@ -110,8 +110,8 @@ class MANN:
         n = len(support)
         first, then = (shuffled(len(x), step, episode.classes, s) for s, x in enumerate((support, query)))
         if self.labels == "beside":
-            logits = self._read_in(theta, support[first], episode.support.y[first])(query)
-            return Outcome(F.cross_entropy(logits, episode.query.y), accuracy(logits, episode.query.y), statistics)
+            told = self._read_in(theta, support[first], episode.support.y[first])(query)
+            return Outcome(F.cross_entropy(told, episode.query.y), accuracy(told, episode.query.y), statistics)
         x = torch.cat([support[first], query[then]])
         y = torch.cat([episode.support.y[first], episode.query.y[then]])
         labels, memory, logits = self._told(y, x), self._empty(x), []

@@ -42,7 +42,7 @@ class Trainer:
             "steps_recomputed": record.get("steps_recomputed", 0),
         }
         self.recomputed: int = self.record["steps_recomputed"]
-        self._began = (started or time.time()) - record.get("seconds", 0.0)
+        self._began: float = (started or time.time()) - record.get("seconds", 0.0)
         self.measure = MEASURES[config.kind]
         self._done_here, self._training = 0, 0.0
         self._losses, self._went_back_to = 0, -1
