@@ -150,6 +150,7 @@ class Checkpoint(Tree):
 
     every: Positive = Field(100, description="meta-steps between checkpoints")
     keep: Annotated[int, Field(ge=3), Number] = Field(3, description="newest checkpoints kept, and the best one")
+    grace: Rate = Field(25.0, description="seconds after SIGTERM in which a checkpoint is written, before the end")
 
 
 class Eval(Tree):

@@ -23,6 +23,7 @@ from metadist.runtime.aggregator import Snapshot
 from metadist.runtime.checkpoint import Best, Damaged, checkpoints, load_checkpoint, newest_good
 from metadist.runtime.in_process import InProcess
 from metadist.runtime.journal import Journal, read_metrics
+from metadist.runtime.preemption import Preempted, noticed
 from metadist.runtime.run_folder import RunFolder, fresh_name, refuse_existing
 from metadist.runtime.runtime import Runtime
 from metadist.runtime.train import Trainer
@@ -167,17 +168,18 @@ def _run(
     rows = read_metrics(folder.path / "metrics.parquet")
     lost = max((int(row["step"]) for row in rows), default=first) - first
     record = record | {"steps_recomputed": record.get("steps_recomputed", 0) + max(0, lost)}
-    follower = follow.start(folder.path, config)
+    follower, patience = follow.start(folder.path, config), TRACKING_SECONDS
     try:
         journal = Journal(folder.path, rows)
         journal.cut(first)
         display: Progress = progress(config.outer.steps, config.cluster.workers, MEASURES[config.kind])
         trainer = Trainer(config, runtime, folder, journal, display, best, record, started)
         try:
-            with display:
-                last = trainer.train(first)
-                display.done()
-            result = _result(config, tables, runtime, trainer, last)
+            with noticed(config.checkpoint.grace):
+                with display:
+                    last = trainer.train(first)
+                    display.done()
+                result = _result(config, tables, runtime, trainer, last)
             folder.write_values("theta.safetensors", last.values)
             journal.flush()
             if trainer.best is not None:
@@ -189,6 +191,10 @@ def _run(
             raise StorageError(
                 f"{error}; the newest checkpoint is {kept}: make room, then `metadist train --resume {folder.path}`"
             ) from error
+        except Preempted as end:
+            journal.abandon()
+            patience = 1.0
+            raise Preempted(f"{end}; go on with `metadist train --resume {folder.path}`") from None
         except KeyboardInterrupt:
             journal.abandon()
             raise Interrupted(f"interrupted; go on with `metadist train --resume {folder.path}`") from None
@@ -199,7 +205,7 @@ def _run(
         folder.write_result(result)
         folder.unlock()
     finally:
-        note = follower.finish(TRACKING_SECONDS)
+        note = follower.finish(patience)
     return Finished(folder.path, result, [note])
 
 

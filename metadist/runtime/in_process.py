@@ -7,6 +7,7 @@ import numpy as np
 
 from metadist.config import Config
 from metadist.data.table import Table
+from metadist.runtime import preemption
 from metadist.runtime.aggregator import Aggregator, Broadcast, Snapshot
 from metadist.runtime.runtime import Counts, Later, NotFinite
 from metadist.runtime.worker import Worker
@@ -75,10 +76,10 @@ class InProcess:
     def judge(self, values: np.ndarray | None, judged: Config, split: str, episodes: int) -> dict[str, np.ndarray]:
         values = self._broadcast.values if values is None else values
         size = self.worker.engine.shard_tasks
-        parts = [
-            self.worker.judge(values, judged, split, first, min(size, episodes - first))
-            for first in range(0, episodes, size)
-        ]
+        parts = []
+        for first in range(0, episodes, size):
+            preemption.check()
+            parts.append(self.worker.judge(values, judged, split, first, min(size, episodes - first)))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def counts(self) -> Counts:

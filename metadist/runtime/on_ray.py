@@ -15,6 +15,7 @@ from metadist.config import Config
 from metadist.data.table import Table
 from metadist.engine.fingerprint import differences
 from metadist.errors import ClusterError, MetadistError
+from metadist.runtime import preemption
 from metadist.runtime.aggregator import Aggregator, Report, Snapshot
 from metadist.runtime.cluster import check_resources, connect, disconnect
 from metadist.runtime.dispatcher import Dispatcher
@@ -173,6 +174,7 @@ class OnRay:
         """Results that came in, after a second at most: (worker, items, receipt or judgement, the sum's reference)."""
         from ray.exceptions import RayActorError, RayError, RayTaskError
 
+        preemption.check()
         waiting = [*self._calls, *self._arriving]
         if not waiting:
             raise ClusterError("no worker is left: each one was refused, because its bits differ from the run's")

@@ -9,9 +9,11 @@ from metadist.config import Config
 from metadist.errors import ClusterError, Divergence
 from metadist.evaluation.protocol import Score, score, validation_settings
 from metadist.measure import MEASURES
+from metadist.runtime import preemption
 from metadist.runtime.aggregator import Report, Snapshot
 from metadist.runtime.checkpoint import Best, newest_good, prune, save_checkpoint
 from metadist.runtime.journal import Journal
+from metadist.runtime.preemption import Preempted
 from metadist.runtime.run_folder import RunFolder
 from metadist.runtime.runtime import AggregatorLost, Later, NotFinite, Runtime
 from metadist.tracking.progress import Progress
@@ -66,6 +68,8 @@ class Trainer:
                 return self._steps(step)
             except AggregatorLost as lost:
                 step = self._go_back(lost)
+            except Preempted as end:
+                raise self._kept(end) from None
 
     def _steps(self, first: int) -> Snapshot:
         steps, task = self.config.outer.steps, self.config.task
@@ -76,6 +80,7 @@ class Trainer:
             self.runtime.begin(step)
             if report is not None:  # the workers are busy with this step: time to tell of the one before
                 self._log(report(), seconds, task.meta_batch)
+            preemption.check()
             try:
                 self.runtime.finish(step)
             except NotFinite as problem:
@@ -147,6 +152,18 @@ class Trainer:
             f"diverged at {problem}; the state before it is kept in {self.folder.checkpoints}/step-{snapshot.step}; "
             f"a smaller algorithm.inner_lr or outer.lr, or outer.clip, may help"
         ) from problem
+
+    def _kept(self, end: Preempted) -> Preempted:
+        """Write the state as it is now; what to tell the person."""
+        try:
+            snapshot = self.runtime.snapshot()()
+            self.journal.flush()
+            self.journal.cut(snapshot.step)
+            save_checkpoint(self.folder.checkpoints, snapshot, self.best, self._recorded())
+            kept = f"step {snapshot.step} is kept"
+        except AggregatorLost:  # it went with its machine
+            kept = "the newest checkpoint stands"
+        return Preempted(f"{end}; {kept}")
 
     def _go_back(self, lost: AggregatorLost) -> int:
         """The aggregator is gone: a new one from the newest checkpoint; the steps since are computed again."""

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,3 +108,58 @@ def test_killed_workers(
     assert {str(first), str(second)} < set(shards)
     assert sum(shards.values()) == 150 * 4, "each shard is counted once"
     assert_metrics_are_complete(run, 150)
+
+
+def test_a_preempted_run_keeps_the_step_it_was_at(
+    start_cli: Callable[..., Any], long_job: Path, long_hash: str, tmp_path: Path, wait_until: Callable[..., Any],
+    cli: Callable[..., Any],
+) -> None:  # fmt: skip
+    """SIGTERM in training: a checkpoint between those of the schedule, and nothing computed twice."""
+    run = tmp_path / "run"
+    began = start_cli("train", long_job, "--run-dir", run, "checkpoint.every=1000")
+    wait_until(lambda: (run / "metrics.parquet").exists(), 60, "the first metrics")
+    began.send_signal(signal.SIGTERM)
+    assert began.wait(60) == 143
+    said = began.output.read_text()
+    (kept,) = (run / "checkpoints").glob("step-*")
+    step = int(kept.name.removeprefix("step-"))
+    assert 0 < step < 150
+    assert f"error: ended by SIGTERM; step {step} is kept; go on with `metadist train --resume {run}`" in said
+    ended = cli("train", "--resume", run)
+    assert ended.code == 0, ended
+    result = json.loads((run / "result.json").read_text())
+    assert result["theta_sha256"] == long_hash
+    assert result["steps_recomputed"] == 0
+    assert_metrics_are_complete(run, 150)
+
+
+@pytest.mark.own_cluster
+def test_a_preempted_driver_with_workers(
+    start_cli: Callable[..., Any], long_job: Path, long_hash: str, tmp_path: Path, wait_until: Callable[..., Any],
+) -> None:  # fmt: skip
+    run = tmp_path / "run"
+    on_ray = ("cluster.workers=2", "cluster.address=local")
+    began = start_cli("train", long_job, "--run-dir", run, "checkpoint.every=1000", *on_ray)
+    wait_until(lambda: (run / "metrics.parquet").exists(), 90, "the first metrics")
+    began.send_signal(signal.SIGTERM)
+    assert began.wait(60) == 143
+    said = began.output.read_text()
+    (kept,) = (run / "checkpoints").glob("step-*")
+    assert f"{kept.name.replace('-', ' ')} is kept" in said
+    assert resume(run, ["cluster.workers=0"]).result["theta_sha256"] == long_hash
+    assert_metrics_are_complete(run, 150)
+
+
+def test_a_process_that_cannot_keep_its_state_ends_all_the_same(tmp_path: Path) -> None:
+    """After the grace period, with what it is doing undone."""
+    told = (
+        "import time\nfrom metadist.runtime.preemption import noticed\n"
+        "with noticed(0.5):\n    print('ready', flush=True)\n    while True: time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", told], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "no checkpoint within the 0.5 s after SIGTERM" in said
