@@ -143,6 +143,9 @@ class Cluster(Tree):
     cpus: NonNegative | Literal["auto"] = Field("auto", description="CPUs a worker reserves; auto: engine.threads")
     gpus: NonNegative | Literal["auto"] = Field("auto", description="GPU share of a worker; auto: 1 on cuda, else 0")
     timeout: Rate = Field(60.0, description="seconds to wait for a cluster, or for its resources")
+    backup: Annotated[float, Field(ge=1), Number] | None = Field(
+        3.0, description="times the usual that shards may take before an idle worker computes them too; null: for ever"
+    )
 
 
 class Checkpoint(Tree):

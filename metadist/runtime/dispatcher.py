@@ -5,10 +5,17 @@ in calls of several, because a call costs the way of θ to the worker and of a s
 whatever it holds. Where every worker's share is one or two, one call each does it. Else the
 calls become smaller towards the end of a step, so that quick workers take more, and one
 waits behind the one that is computed, which hides the way.
+
+Where nothing is left to hand out and a worker has taken far longer than usual, idle workers
+compute copies of what it holds. The first result counts, the other one is late.
 """
 
-from collections import deque
-from collections.abc import Hashable, Iterable
+import math
+import statistics
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item", bound=Hashable)
@@ -19,16 +26,37 @@ CALLS = 2
 MOST = 8
 """Items of a call: with a worker that dies no more than two such calls are lost."""
 
+RECENT = 32
+"""Calls whose times say what is usual."""
+
+LEAST = 0.05
+"""Seconds below which no call is slow."""
+
+
+@dataclass
+class Call(Generic[Item]):
+    """What a worker was given at once; size: how many items that were; kind: their type, which times depend on."""
+
+    items: list[Item]
+    size: int
+    kind: type
+
 
 class Dispatcher(Generic[Item]):
-    """Pending items, the workers and the calls they hold."""
+    """Pending items, the workers and the calls they hold.
 
-    def __init__(self) -> None:
+    backup: how many times the usual a call may take before others compute it too; None: for ever.
+    """
+
+    def __init__(self, backup: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.backup, self.clock = backup, clock
         self.pending: deque[Item] = deque()
-        self.held: dict[str, list[list[Item]]] = {}
+        self.held: dict[str, list[Call[Item]]] = {}
         self.counted: dict[str, int] = {}
         self.avoid: dict[Item, str] = {}
         self.open: set[Item] = set()
+        self._began: dict[str, float] = {}
+        self._usual: defaultdict[type, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
 
     def join(self, worker: str) -> None:
         """A worker is ready for work."""
@@ -37,8 +65,8 @@ class Dispatcher(Generic[Item]):
 
     def leave(self, worker: str) -> list[Item]:
         """A worker is gone; what it held and nobody else does is pending again, and returned."""
-        items = [item for call in self.held.pop(worker, []) for item in call]
-        lost = [item for item in items if item in self.open and not self._held(item)]
+        items = [item for call in self.held.pop(worker, []) for item in call.items]
+        lost = [item for item in items if item in self.open and not self._holders(item)]
         self.pending.extendleft(reversed(lost))
         return lost
 
@@ -50,17 +78,21 @@ class Dispatcher(Generic[Item]):
 
     def assign(self) -> list[tuple[str, tuple[Item, ...]]]:
         """Calls for the workers with room: first for the idle ones, then to wait; least loaded first, then least
-        counted, then by name."""
+        counted, then by name. Last, copies of what is overdue."""
         calls = []
         for waiting in range(CALLS):
             size = self._size(waiting)
             able = [worker for worker, held in self.held.items() if len(held) == waiting]
-            for worker in sorted(able, key=lambda w: (sum(map(len, self.held[w])), self.counted[w], w)):
+            for worker in sorted(able, key=lambda w: (sum(len(c.items) for c in self.held[w]), self.counted[w], w)):
                 items = self._take(worker, size)
                 if items:
-                    self.held[worker].append(items)
-                    calls.append((worker, tuple(items)))
-        return calls
+                    calls.append(self._give(worker, items))
+        return calls + self._copies()
+
+    def wait(self) -> float:
+        """Seconds until `assign` may have copies to hand out; infinite where there is nobody to hand them to."""
+        due = [self._due(worker) for worker in self.held if self._alone(worker)] if self._idle() else []
+        return max(0.0, min(due) - self.clock()) if due else math.inf
 
     def done(self, worker: str, item: Item) -> bool:
         """A result came in; False if it is late or a repetition and must be dropped."""
@@ -78,7 +110,7 @@ class Dispatcher(Generic[Item]):
     def again(self, worker: str, item: Item) -> None:
         """A result is unusable: compute the item once more, elsewhere if there is another worker."""
         self._release(worker, item)
-        if item in self.open and not self._held(item) and item not in self.pending:
+        if item in self.open and not self._holders(item) and item not in self.pending:
             self.avoid[item] = worker
             self.pending.appendleft(item)
 
@@ -111,13 +143,52 @@ class Dispatcher(Generic[Item]):
             self.pending.remove(item)
         return items
 
-    def _held(self, item: Item) -> bool:
-        return any(item in call for calls in self.held.values() for call in calls)
+    def _give(self, worker: str, items: list[Item]) -> tuple[str, tuple[Item, ...]]:
+        if not self.held[worker]:
+            self._began[worker] = self.clock()
+        self.held[worker].append(Call(items, len(items), type(items[0])))
+        return worker, tuple(items)
+
+    def _copies(self) -> list[tuple[str, tuple[Item, ...]]]:
+        """What overdue workers compute alone, for the idle ones: half of it, next time half of the rest."""
+        idle, now, calls = self._idle(), self.clock(), []
+        slow = [item for worker in self.held if idle and self._due(worker) <= now for item in self._alone(worker)]
+        for worker in sorted(idle, key=lambda w: (self.counted[w], w)):
+            size = min(MOST, -(-len(slow) // (2 * len(idle))))
+            if size:
+                calls.append(self._give(worker, slow[:size]))
+                slow = slow[size:]
+        return calls
+
+    def _idle(self) -> list[str]:
+        """Workers without a call, when there is nothing pending that they may take."""
+        return [] if self.pending else [worker for worker, held in self.held.items() if not held]
+
+    def _alone(self, worker: str) -> list[Item]:
+        """Open items that a worker holds and no other."""
+        items = [item for call in self.held[worker] for item in call.items if item in self.open]
+        return [item for item in items if len(self._holders(item)) == 1]
+
+    def _due(self, worker: str) -> float:
+        """When the call that a worker computes becomes overdue."""
+        call = next(iter(self.held[worker]), None)
+        if self.backup is None or call is None or not self._usual[call.kind]:
+            return math.inf
+        usual = statistics.median(self._usual[call.kind]) * call.size
+        return self._began[worker] + max(LEAST, self.backup * usual)
+
+    def _holders(self, item: Item) -> list[str]:
+        return [worker for worker, calls in self.held.items() if any(item in call.items for call in calls)]
 
     def _release(self, worker: str, item: Item) -> None:
         calls = self.held.get(worker, [])
-        for call in calls:
-            if item in call:
-                call.remove(item)
+        for number, call in enumerate(calls):
+            if item in call.items:
+                call.items.remove(item)
+                if not call.items:
+                    del calls[number]
+                    now = self.clock()
+                    if number == 0 and worker in self._began:
+                        self._usual[call.kind].append((now - self._began[worker]) / call.size)
+                        self._began[worker] = now
                 break
-        calls[:] = [call for call in calls if call]

@@ -66,7 +66,7 @@ class OnRay:
         self._born = self._deaths = self._recomputed = self._duplicates = 0
         self._evaluations = 0
         self._alone_since: float | None = None
-        self._dispatcher: Dispatcher[Item] = Dispatcher()
+        self._dispatcher: Dispatcher[Item] = Dispatcher(config.cluster.backup)
         self._size = config.shard
         self._per_step = config.task.meta_batch // config.shard
         try:
@@ -179,7 +179,8 @@ class OnRay:
         if not waiting:
             raise ClusterError("no worker is left: each one was refused, because its bits differ from the run's")
         self._expect_a_worker()
-        ready, _ = self.ray.wait(waiting, num_returns=1, timeout=1.0, fetch_local=True)
+        patience = min(1.0, self._dispatcher.wait())
+        ready, _ = self.ray.wait(waiting, num_returns=1, timeout=patience, fetch_local=True)
         results = []
         for ref in ready:
             name = self._arriving[ref] if ref in self._arriving else self._calls[ref][0] if ref in self._calls else None

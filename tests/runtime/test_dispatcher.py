@@ -63,7 +63,8 @@ class Run(RuleBasedStateMachine):
 
     @initialize(workers=st.integers(1, 3))
     def start(self, workers: int) -> None:
-        self.dispatcher: Dispatcher[Item] = Dispatcher()
+        self.now = 0.0
+        self.dispatcher: Dispatcher[Item] = Dispatcher(backup=2.0, clock=lambda: self.now)
         self.aggregator = Aggregator(CONFIG, IMAGE)
         self.step = self.attempt = self.born = 0
         self.redos: list[int] = []
@@ -155,6 +156,13 @@ class Run(RuleBasedStateMachine):
         self.counted.clear()
         self.open_step()
 
+    @rule(seconds=st.floats(0.01, 10))
+    def time_passes(self, seconds: float) -> None:
+        """Slow calls become overdue, and idle workers get copies of what is in them."""
+        self.now += seconds
+        self.hand_out()
+        assert self.dispatcher.wait() > 0, "nothing that could be handed out now is kept back"
+
     @rule()
     def joins(self) -> None:
         if len(self.dispatcher.held) < 4:
@@ -177,16 +185,16 @@ class Run(RuleBasedStateMachine):
     def nobody_holds_too_much(self) -> None:
         for calls in self.dispatcher.held.values():
             assert len(calls) <= CALLS
-            assert all(0 < len(call) <= MOST for call in calls)
+            assert all(0 < len(call.items) <= call.size <= MOST for call in calls)
 
     @invariant()
     def what_is_held_is_under_way(self) -> None:
-        held = sorted((w, item) for w, calls in self.dispatcher.held.items() for call in calls for item in call)
+        held = sorted((w, item) for w, calls in self.dispatcher.held.items() for call in calls for item in call.items)
         assert held == sorted((worker, item) for worker, items in self.flying for item in items)
 
     @invariant()
     def nothing_is_forgotten(self) -> None:
-        held = {item for calls in self.dispatcher.held.values() for call in calls for item in call}
+        held = {item for calls in self.dispatcher.held.values() for call in calls for item in call.items}
         assert self.dispatcher.open <= held | set(self.dispatcher.pending)
         assert len(set(self.dispatcher.pending)) == len(self.dispatcher.pending)
 
@@ -288,3 +296,42 @@ def test_a_failed_shard_goes_to_its_own_worker_where_there_is_no_other() -> None
     dispatcher.assign()
     dispatcher.again("a", 0)
     assert dispatcher.assign() == [("a", (0,))]
+
+
+def straggling(backup: float | None) -> tuple[float, dict[str, int], int]:
+    """Two workers, 8 items a step; in the third step one of them stops. Time of that step, counts, copies."""
+    now = 0.0
+    dispatcher: Dispatcher[tuple[int, int]] = Dispatcher(backup, lambda: now)
+    for worker in "ab":
+        dispatcher.join(worker)
+    until, flying, copies, began = {"a": 0.0, "b": 0.0}, [], 0, 0.0
+    for step in range(3):
+        began = now
+        dispatcher.add((step, item) for item in range(8))
+        while dispatcher.open:
+            for worker, items in dispatcher.assign():
+                copies += sum(len(dispatcher._holders(item)) > 1 for item in items)
+                stopped = worker == "a" and step == 2
+                until[worker] = max(now, until[worker]) + (1000.0 if stopped else 1.0 * len(items))
+                flying.append((until[worker], worker, items))
+            ends, worker, items = min(flying)
+            if now + dispatcher.wait() < ends:
+                now += dispatcher.wait()
+                continue
+            flying.remove((ends, worker, items))
+            now = ends
+            for item in items:
+                dispatcher.done(worker, item)
+    return now - began, dispatcher.counted, copies
+
+
+def test_copies_of_what_a_stopped_worker_holds() -> None:
+    """Eight items for the one that is left: at most 1.5 times that long, and all of them are counted."""
+    seconds, counted, copies = straggling(backup=3.0)
+    assert seconds <= 1.5 * 8
+    assert counted["b"] + counted["a"] == 24
+    assert copies > 0
+    for never in (None, 1e6):
+        seconds, _, copies = straggling(backup=never)
+        assert seconds >= 1000
+        assert copies == 0
