@@ -135,17 +135,46 @@ class Engine(Tree):
     threads: Positive = Field(1, description="threads of a worker; part of the numeric fingerprint")
 
 
+class Elastic(Tree):
+    """Workers that come and go with the cluster's resources."""
+
+    min: Positive = Field(1, description="the run waits for so many")
+    max: Positive = Field(description="and takes in up to so many")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Elastic":
+        if self.min > self.max:
+            raise ValueError(f"min: {self.min} is more than max={self.max}")
+        return self
+
+
 class Cluster(Tree):
     """Where the workers run."""
 
     address: str = Field("local", description="local, auto, HOST:PORT or ray://HOST:PORT")
-    workers: Count = Field(2, description="Ray actors; 0 computes in the driver's process without Ray")
+    workers: Count | Elastic = Field(
+        2, description="Ray actors, or {min, max} of them; 0 computes in the driver's process without Ray"
+    )
     cpus: NonNegative | Literal["auto"] = Field("auto", description="CPUs a worker reserves; auto: engine.threads")
     gpus: NonNegative | Literal["auto"] = Field("auto", description="GPU share of a worker; auto: 1 on cuda, else 0")
+    resources: dict[str, NonNegative] = Field({}, description="custom resources that a worker reserves, by name")
+    placement: Literal["any", "spread", "pack"] = Field(
+        "any", description="of the workers, by a placement group: over as many nodes as can be, or as few"
+    )
     timeout: Rate = Field(60.0, description="seconds to wait for a cluster, or for its resources")
     backup: Annotated[float, Field(ge=1), Number] | None = Field(
         3.0, description="times the usual that shards may take before an idle worker computes them too; null: for ever"
     )
+
+    @property
+    def least(self) -> int:
+        """Workers that the run waits for."""
+        return self.workers.min if isinstance(self.workers, Elastic) else self.workers
+
+    @property
+    def most(self) -> int:
+        """Workers that it may have."""
+        return self.workers.max if isinstance(self.workers, Elastic) else self.workers
 
 
 class Checkpoint(Tree):
@@ -423,7 +452,7 @@ def resolve(config: Config) -> Config:
     `tracking.uri` stays, because its rule needs the run folder.
     """
     gpus, device = config.cluster.gpus, config.engine.device
-    workers = max(1, config.cluster.workers)
+    workers = max(1, config.cluster.most)
     here = config.cluster.workers == 0 or config.cluster.address == "local"
     visible = _visible_gpus() if here and device != "cpu" else 0
     if device == "auto":

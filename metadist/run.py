@@ -120,7 +120,7 @@ def checked_tables(config: Config, say: Callable[[str], None]) -> list[Table]:
     """The run's data, after everything that can be refused has been."""
     for source in config.data.sources:
         check_source(source)
-    settle(config.engine) if config.cluster.workers == 0 else settle(config.engine.model_copy(update={"device": "cpu"}))
+    settle(config.engine) if config.cluster.most == 0 else settle(config.engine.model_copy(update={"device": "cpu"}))
     _check_gpus(config)
     tables = [prepare(source, say) for source in config.data.sources]
     training_tasks(config, tables, "cpu")
@@ -130,7 +130,7 @@ def checked_tables(config: Config, say: Callable[[str], None]) -> list[Table]:
 
 def _check_gpus(config: Config) -> None:
     """Refuse more GPU than this machine has, where the workers would run on it."""
-    here = config.cluster.workers > 0 and config.cluster.address == "local"
+    here = config.cluster.most > 0 and config.cluster.address == "local"
     if not here or config.engine.device != "cuda":
         return
     import torch
@@ -138,16 +138,16 @@ def _check_gpus(config: Config) -> None:
     there, each = torch.cuda.device_count(), float(config.cluster.gpus)
     if there == 0:
         raise ConfigError("engine.device: cuda, but this machine shows no GPU; valid is cpu")
-    if each * config.cluster.workers > there:
+    if each * config.cluster.most > there:
         raise ConfigError(
-            f"cluster.gpus: {config.cluster.workers} workers with {each:g} GPU each need more than the {there} "
-            f"of this machine; at most {there / config.cluster.workers:g} is valid"
+            f"cluster.gpus: {config.cluster.most} workers with {each:g} GPU each need more than the {there} "
+            f"of this machine; at most {there / config.cluster.most:g} is valid"
         )
 
 
 def start(config: Config, tables: list[Table], snapshot: Snapshot | None, say: Callable[[str], None]) -> Runtime:
     """The runtime that the config names."""
-    if config.cluster.workers == 0:
+    if config.cluster.most == 0:
         return InProcess(config, tables, snapshot)
     from metadist.runtime.on_ray import OnRay
 
@@ -172,7 +172,7 @@ def _run(
     try:
         journal = Journal(folder.path, rows)
         journal.cut(first)
-        display: Progress = progress(config.outer.steps, config.cluster.workers, MEASURES[config.kind])
+        display: Progress = progress(config.outer.steps, config.cluster.most, MEASURES[config.kind])
         trainer = Trainer(config, runtime, folder, journal, display, best, record, started)
         try:
             with noticed(config.checkpoint.grace):
@@ -235,7 +235,7 @@ def _result(config: Config, tables: list[Table], runtime: Runtime, trainer: Trai
         found = meta_test(runtime, first, blueprint(config, tables).initial())
         untrained = {key: found[key] for key in (trainer.measure.name, "ci95")}
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "metadist": __version__}
-    if config.cluster.workers:
+    if config.cluster.most:
         import ray
 
         versions["ray"] = ray.__version__
@@ -252,10 +252,10 @@ def _result(config: Config, tables: list[Table], runtime: Runtime, trainer: Trai
         "steps_recomputed": trainer.recomputed,
         "shards_recomputed": counts.recomputed,
         "duplicates_dropped": counts.duplicates,
-        "workers": config.cluster.workers,
+        "workers": config.cluster.most,
         "shards_by_worker": counts.shards,
         "device": config.engine.device,
-        "gpus": config.cluster.workers * float(config.cluster.gpus),
+        "gpus": config.cluster.most * float(config.cluster.gpus),
         "hardware": runtime.hardware,
         "tasks_per_second": trainer.tasks_per_second,
         "test": tests[0] if tests else None,

@@ -87,7 +87,7 @@ def run_row(
         begun = (folder / "config.yaml").is_file()
         words = ["--resume", str(folder)] if begun else [line.job, *overrides, "--run-dir", str(folder)]
         config = resolve(load(line.job, overrides))
-        where = f"on {config.engine.device}, {config.cluster.workers or 'no'} workers"
+        where = f"on {config.engine.device}, {config.cluster.most or 'no'} workers"
         say(f"{line.name}: {'going on' if begun else 'training'} in {folder} ({where})")
         if config.engine.device == "cpu" and torch.cuda.is_available():
             say(f"{line.name}: a GPU is here; engine.device=cuda would use it")

@@ -43,8 +43,8 @@ def connect(cluster: Cluster) -> tuple[Any, bool]:
             raise ClusterError("cluster.address: local, but this process is connected to a Ray cluster; valid is auto")
         ray.init(
             address="local",
-            num_cpus=max(1, round(cluster.workers * _number(cluster.cpus) + 0.499)),
-            num_gpus=round(cluster.workers * _number(cluster.gpus) + 0.499),
+            num_cpus=max(1, round(cluster.most * _number(cluster.cpus) + 0.499)),
+            num_gpus=round(cluster.most * _number(cluster.gpus) + 0.499),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             **quiet,  # type: ignore[arg-type]
@@ -75,13 +75,25 @@ def disconnect() -> None:
 def check_resources(ray: Any, cluster: Cluster) -> None:
     """Refuse in one line what the cluster can never hold."""
     total = ray.cluster_resources()
-    for kind, each in (("CPU", _number(cluster.cpus)), ("GPU", _number(cluster.gpus))):
-        needed, there = cluster.workers * each, total.get(kind, 0.0)
+    for kind, each in reserved(cluster).items():
+        needed, there = cluster.least * each, total.get(kind, 0.0)
         if needed > there:
             raise ClusterError(
-                f"cluster.workers: {cluster.workers} workers with {each:g} {kind} each need {needed:g}, the cluster at "
+                f"cluster.workers: {cluster.least} workers with {each:g} {kind} each need {needed:g}, the cluster at "
                 f"{cluster.address} has {there:g}; at most {int(there // each)} workers are valid"
             )
+
+
+def room(ray: Any, cluster: Cluster) -> int:
+    """How many of the workers fit into the cluster as it is now, were it empty."""
+    total = ray.cluster_resources()
+    each = [int(total.get(kind, 0.0) // one) for kind, one in reserved(cluster).items() if one]
+    return min([cluster.most, *each])
+
+
+def reserved(cluster: Cluster) -> dict[str, float]:
+    """What a worker reserves, by Ray's names."""
+    return {"CPU": _number(cluster.cpus), "GPU": _number(cluster.gpus), **cluster.resources}
 
 
 def _number(value: float | str) -> float:

@@ -17,11 +17,14 @@ from metadist.engine.fingerprint import differences
 from metadist.errors import ClusterError, MetadistError
 from metadist.runtime import preemption
 from metadist.runtime.aggregator import Aggregator, Report, Snapshot
-from metadist.runtime.cluster import check_resources, connect, disconnect
+from metadist.runtime.cluster import check_resources, connect, disconnect, reserved, room
 from metadist.runtime.dispatcher import Dispatcher
 from metadist.runtime.runtime import AggregatorLost, Counts, Later, NotFinite, Say
 from metadist.runtime.worker import Introduction, Receipt, Worker
 from metadist.tasks.samplers import training_tasks
+
+WAITING = 10.0
+"""Seconds between two lines about what is waited for."""
 
 MOST_DEATHS_IN_A_ROW = 5
 """Workers that may die one after the other before any of them finishes anything."""
@@ -66,15 +69,19 @@ class OnRay:
         self._born = self._deaths = self._recomputed = self._duplicates = 0
         self._evaluations = 0
         self._alone_since: float | None = None
+        self._group: Any = None
+        self._places: list[int] = []
+        self._place_of: dict[str, int] = {}
         self._dispatcher: Dispatcher[Item] = Dispatcher(config.cluster.backup)
         self._size = config.shard
         self._per_step = config.task.meta_batch // config.shard
         try:
             check_resources(self.ray, config.cluster)
             self._start_aggregator(snapshot)
-            for _ in range(config.cluster.workers):
+            self._place()
+            for _ in range(config.cluster.most):
                 self._hire()
-            self._first_worker()
+            self._first_workers()
         except BaseException:
             self.close()
             raise
@@ -90,23 +97,51 @@ class OnRay:
     def workers(self) -> int:
         return len(self._dispatcher.held)
 
+    def _place(self) -> None:
+        """Reserve the places of as many workers as the run waits for, where `cluster.placement` says how."""
+        cluster = self.config.cluster
+        if cluster.placement != "any":
+            bundle = {kind: each for kind, each in reserved(cluster).items() if each}
+            strategy = {"spread": "SPREAD", "pack": "PACK"}[cluster.placement]
+            self._group = self.ray.util.placement_group([bundle] * cluster.least, strategy)
+            self._places = list(range(cluster.least))
+
     def _hire(self) -> None:
-        """Start a worker; it joins when it has introduced itself."""
+        """Start a worker; it joins when it has introduced itself, once the cluster has room for it."""
         name = f"worker-{self._born}"
         self._born += 1
         cluster = self.config.cluster
-        actor = self.ray.remote(Worker).options(num_cpus=cluster.cpus, num_gpus=cluster.gpus, max_restarts=0)
-        self._actors[name] = actor.remote(self.config, self.paths)
+        options: dict[str, Any] = {
+            "num_cpus": cluster.cpus, "num_gpus": cluster.gpus, "resources": cluster.resources, "max_restarts": 0,
+        }  # fmt: skip
+        if self._places:
+            from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+            self._place_of[name] = self._places.pop(0)
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, self._place_of[name])
+        self._actors[name] = self.ray.remote(Worker).options(**options).remote(self.config, self.paths)
         self._arriving[self._actors[name].introduce.remote()] = name
 
-    def _first_worker(self) -> None:
-        """Wait until one worker is ready, and in the same moment for those that come with it."""
-        deadline = time.monotonic() + self.config.cluster.timeout
-        while not self._dispatcher.held:
-            self._events()
+    def _first_workers(self) -> None:
+        """Wait for as many workers as the run needs, and in the same moment for those that come with them."""
+        cluster = self.config.cluster
+        deadline, told = time.monotonic() + cluster.timeout, time.monotonic()
         # Workers started together take part together, so that each has some of the first shards.
-        while self._arriving and time.monotonic() < deadline:
+        while self.workers < max(cluster.least, room(self.ray, cluster)) and self._arriving:
             self._events()
+            if time.monotonic() > deadline and self.workers >= 1:
+                break
+            if time.monotonic() > told + WAITING:
+                told = time.monotonic()
+                self.say(f"waiting for workers: {self.workers} of {cluster.least} are there; {self._free()}")
+        if self.workers < cluster.least:
+            self.say(f"going on with {self.workers} of {cluster.least} workers; others join when they can")
+
+    def _free(self) -> str:
+        """What a worker needs, beside what nobody has reserved."""
+        free = self.ray.available_resources()
+        needs = {kind: each for kind, each in reserved(self.config.cluster).items() if each}
+        return ", ".join(f"each needs {each:g} {kind}, {free.get(kind, 0):g} are free" for kind, each in needs.items())
 
     def _expect_a_worker(self) -> None:
         """Refuse to wait for ever for a worker that nothing can start."""
@@ -116,10 +151,7 @@ class OnRay:
         elif self._alone_since is None:
             self._alone_since = time.monotonic()
         elif time.monotonic() - self._alone_since > timeout:
-            raise ClusterError(
-                f"cluster.timeout: no worker was ready within {timeout:g} s; "
-                f"the cluster has {self.ray.available_resources().get('CPU', 0):g} CPUs free"
-            )
+            raise ClusterError(f"cluster.timeout: no worker was ready within {timeout:g} s; {self._free()}")
 
     def _arrived(self, name: str, introduction: Introduction) -> None:
         """Admit a worker whose bits are the run's."""
@@ -139,12 +171,18 @@ class OnRay:
         actor = self._actors.pop(name, None)
         if actor is not None:
             self.ray.kill(actor)
+            self._leave_place(name)
+
+    def _leave_place(self, name: str) -> None:
+        if name in self._place_of:
+            self._places.append(self._place_of.pop(name))
 
     def _lost(self, name: str, reason: str) -> None:
         """A worker died: its shards are pending again, and another one is started."""
         if name not in self._actors:
             return
         del self._actors[name]
+        self._leave_place(name)
         lost = self._dispatcher.leave(name)
         self._recomputed += sum(isinstance(item, Shard) for item in lost)
         self._calls = {ref: call for ref, call in self._calls.items() if call[0] != name}
@@ -340,6 +378,8 @@ class OnRay:
             self._dismiss(name)
         if hasattr(self, "_aggregator"):
             self.ray.kill(self._aggregator)
+        if self._group is not None:
+            self.ray.util.remove_placement_group(self._group)
         if self._ours:
             disconnect()
 
