@@ -80,7 +80,7 @@ def test_an_unknown_key_is_named_with_the_nearest_valid_one(word, key, nearest):
 
 def test_an_unknown_key_that_resembles_none_gets_them_all():
     message = refusal("checkpoint.zzz=1")
-    assert message == "unknown key checkpoint.zzz; valid: checkpoint.every, checkpoint.keep"
+    assert message == "unknown key checkpoint.zzz; valid: checkpoint.every, checkpoint.grace, checkpoint.keep"
 
 
 def test_keys_of_other_methods_are_unknown():
