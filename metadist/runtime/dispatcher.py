@@ -91,7 +91,8 @@ class Dispatcher(Generic[Item]):
 
     def wait(self) -> float:
         """Seconds until `assign` may have copies to hand out; infinite where there is nobody to hand them to."""
-        due = [self._due(worker) for worker in self.held if self._alone(worker)] if self._idle() else []
+        idle = self._idle()
+        due = [self._due(worker) for worker in self.held if any(self._for(one, self._alone(worker)) for one in idle)]
         return max(0.0, min(due) - self.clock()) if due else math.inf
 
     def done(self, worker: str, item: Item) -> bool:
@@ -154,11 +155,15 @@ class Dispatcher(Generic[Item]):
         idle, now, calls = self._idle(), self.clock(), []
         slow = [item for worker in self.held if idle and self._due(worker) <= now for item in self._alone(worker)]
         for worker in sorted(idle, key=lambda w: (self.counted[w], w)):
-            size = min(MOST, -(-len(slow) // (2 * len(idle))))
-            if size:
-                calls.append(self._give(worker, slow[:size]))
-                slow = slow[size:]
+            items = self._for(worker, slow)[: min(MOST, -(-len(slow) // (2 * len(idle))))]
+            if items:
+                calls.append(self._give(worker, items))
+                slow = [item for item in slow if item not in items]
         return calls
+
+    def _for(self, worker: str, items: list[Item]) -> list[Item]:
+        """Those that did not fail at a worker."""
+        return [item for item in items if self.avoid.get(item) != worker]
 
     def _idle(self) -> list[str]:
         """Workers without a call, when there is nothing pending that they may take."""

@@ -134,7 +134,7 @@ class OnRay:
             if time.monotonic() > told + WAITING:
                 told = time.monotonic()
                 self.say(f"waiting for workers: {self.workers} of {cluster.least} are there; {self._free()}")
-        if self.workers < cluster.least:
+        if self.workers < cluster.least and self._arriving:
             self.say(f"going on with {self.workers} of {cluster.least} workers; others join when they can")
 
     def _free(self) -> str:
