@@ -111,8 +111,10 @@ class Dispatcher(Generic[Item]):
     def again(self, worker: str, item: Item) -> None:
         """A result is unusable: compute the item once more, elsewhere if there is another worker."""
         self._release(worker, item)
-        if item in self.open and not self._holders(item) and item not in self.pending:
-            self.avoid[item] = worker
+        if item not in self.open:
+            return
+        self.avoid[item] = worker
+        if not self._holders(item) and item not in self.pending:
             self.pending.appendleft(item)
 
     def drop(self) -> None:

@@ -217,7 +217,7 @@ class Run(RuleBasedStateMachine):
         assert_same(self.aggregator.snapshot(), reference(self.redos))
 
 
-Run.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Run.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 TestRun = Run.TestCase
 
 
