@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from hosts import LabError
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Several hosts on one machine. Needs root.")
 Folder = Annotated[Path, typer.Option("--folder", help="where the lab keeps its books and logs")]
 Name = Annotated[str, typer.Argument(help="host-0 is the head")]
-HERE = Path("/tmp/metadist-lab")
+HERE = Path(tempfile.gettempdir()) / "metadist-lab"
 
 
 @app.command()
@@ -24,7 +25,7 @@ def up(
     """Bring hosts up, with Ray on each; host-0 is the head."""
     lab = lab_of.up(folder, count, cpus)
     print(f"{count} hosts are up; the cluster is at {lab.address}. On it:")
-    print(f"  {Path(sys.argv[0])} run host-0 metadist train quickstart cluster.address={lab.address}")
+    print(f"  python {Path(sys.argv[0])} run host-0 metadist train quickstart cluster.address={lab.address}")
 
 
 @app.command()

@@ -7,7 +7,6 @@ import numpy as np
 
 from metadist.config import Config
 from metadist.data.table import Table
-from metadist.runtime import preemption
 from metadist.runtime.aggregator import Aggregator, Broadcast, Snapshot
 from metadist.runtime.runtime import Counts, Later, NotFinite
 from metadist.runtime.worker import Worker
@@ -76,10 +75,10 @@ class InProcess:
     def judge(self, values: np.ndarray | None, judged: Config, split: str, episodes: int) -> dict[str, np.ndarray]:
         values = self._broadcast.values if values is None else values
         size = self.worker.engine.shard_tasks
-        parts = []
-        for first in range(0, episodes, size):
-            preemption.check()
-            parts.append(self.worker.judge(values, judged, split, first, min(size, episodes - first)))
+        parts = [
+            self.worker.judge(values, judged, split, first, min(size, episodes - first))
+            for first in range(0, episodes, size)
+        ]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def counts(self) -> Counts:

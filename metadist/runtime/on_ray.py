@@ -212,7 +212,6 @@ class OnRay:
         """Results that came in, after a second at most: (worker, items, receipt or judgement, the sum's reference)."""
         from ray.exceptions import RayActorError, RayError, RayTaskError
 
-        preemption.check()
         waiting = [*self._calls, *self._arriving]
         if not waiting:
             raise ClusterError("no worker is left: each one was refused, because its bits differ from the run's")
@@ -265,6 +264,7 @@ class OnRay:
 
     def finish(self, step: int) -> None:
         while self._dispatcher.open:
+            preemption.check()
             for name, items, receipt, q in self._events():
                 if isinstance(receipt, Receipt):
                     self._take(step, name, [item for item in items if isinstance(item, Shard)], receipt, q)

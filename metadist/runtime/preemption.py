@@ -1,7 +1,9 @@
 """SIGTERM: a machine that is taken away leaves some seconds. A run keeps its state in them and ends.
 
-The signal itself only leaves a mark. The run looks at it where its state is whole: between
-steps and validations, and while it waits for workers.
+The signal itself only leaves a mark. The run looks at it in training steps alone: a validation
+that was broken off would be missing behind the step that is kept, and with it perhaps the best
+state. One that takes longer than the grace period is given up with the steps since the last
+checkpoint.
 """
 
 import os

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from metadist.run import resume
+from metadist.run import resume, train
 
 
 @pytest.fixture
@@ -131,6 +131,31 @@ def test_a_preempted_run_keeps_the_step_it_was_at(
     assert result["theta_sha256"] == long_hash
     assert result["steps_recomputed"] == 0
     assert_metrics_are_complete(run, 150)
+
+
+def test_a_validation_is_not_broken_off(
+    tiny: Callable[..., Any], tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM in the middle of one: the run ends behind it, and gone on with it has the same best state."""
+    from metadist.runtime.in_process import InProcess
+    from metadist.runtime.preemption import Preempted
+
+    real = InProcess.judge
+
+    def judge(*given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given)
+
+    run = tmp_path / "run"
+    monkeypatch.setattr(InProcess, "judge", judge)
+    with pytest.raises(Preempted, match="step 6 is kept"):
+        train(tiny(), "tiny", run)
+    monkeypatch.undo()
+    result = resume(run, []).result
+    assert result["best"] == tiny_run.result["best"]
+    assert result["theta_sha256"] == tiny_run.result["theta_sha256"]
+    told = pq.read_table(run / "metrics.parquet").column("val_accuracy").to_pylist()
+    assert [step + 1 for step, value in enumerate(told) if value is not None] == [6, 12]
 
 
 @pytest.mark.own_cluster
