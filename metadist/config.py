@@ -165,6 +165,14 @@ class Cluster(Tree):
     backup: Annotated[float, Field(ge=1), Number] | None = Field(
         3.0, description="times the usual that shards may take before an idle worker computes them too; null: for ever"
     )
+    aggregators: Positive = Field(1, description="actors that θ is cut into pieces for; at most its tensors")
+    sums: Literal["flat", "tree"] = Field(
+        "flat",
+        description="flat: workers' sums go straight to the aggregators; tree: they are added on each node first",
+    )
+    linger: NonNegative = Field(
+        600.0, description="seconds that aggregators on another's cluster outlive their driver, for --resume; 0: none"
+    )
 
     @property
     def least(self) -> int:

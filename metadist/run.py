@@ -24,7 +24,7 @@ from metadist.runtime.checkpoint import Best, Damaged, checkpoints, load_checkpo
 from metadist.runtime.in_process import InProcess
 from metadist.runtime.journal import Journal, read_metrics
 from metadist.runtime.preemption import Preempted, noticed
-from metadist.runtime.run_folder import RunFolder, fresh_name, refuse_existing
+from metadist.runtime.run_folder import RunFolder, fresh_name, refuse_existing, run_name
 from metadist.runtime.runtime import Runtime
 from metadist.runtime.train import Trainer
 from metadist.tasks.samplers import training_tasks
@@ -51,11 +51,12 @@ def train(config: Config, job: str, run_dir: Path | None = None, started: float 
     config = with_tracking(resolve(config), path)
     say = _printer()
     tables = checked_tables(config, say)
-    runtime = start(config, tables, None, say)
+    name = run_name(path)
+    runtime = start(config, tables, None, say, name)
     try:
-        folder = RunFolder.create(path, config)
+        folder = RunFolder.create(path, config, name)
         try:
-            return _run(config, tables, folder, runtime, None, None, {}, started)
+            return _run(config, tables, folder, runtime, None, {}, started)
         finally:
             folder.unlock()
     finally:
@@ -97,7 +98,7 @@ def _resume(run_dir: Path, folder: RunFolder, overrides: list[str], started: flo
     data = data_fingerprint(tables)
     if then.get("data", data) != data:
         raise RunError(f"{run_dir}: the data are not those of the run: {data} instead of {then['data']}")
-    runtime = start(config, tables, snapshot, say)
+    runtime = start(config, tables, snapshot, say, folder.name)
     try:
         told = differences(then, runtime.fingerprint) if then else ""
         if told:
@@ -105,7 +106,7 @@ def _resume(run_dir: Path, folder: RunFolder, overrides: list[str], started: flo
             record = record | {"reproducible": False}
         folder.write_config(config)
         (run_dir / "result.json").unlink(missing_ok=True)
-        return _run(config, tables, folder, runtime, snapshot, best, record, started)
+        return _run(config, tables, folder, runtime, best, record, started)
     finally:
         runtime.close()
 
@@ -145,13 +146,15 @@ def _check_gpus(config: Config) -> None:
         )
 
 
-def start(config: Config, tables: list[Table], snapshot: Snapshot | None, say: Callable[[str], None]) -> Runtime:
-    """The runtime that the config names."""
+def start(
+    config: Config, tables: list[Table], snapshot: Snapshot | None, say: Callable[[str], None], name: str | None = None
+) -> Runtime:
+    """The runtime that the config names; name: the run's own, by which a later driver finds what outlived this one."""
     if config.cluster.most == 0:
         return InProcess(config, tables, snapshot)
     from metadist.runtime.on_ray import OnRay
 
-    return OnRay(config, tables, snapshot, say)
+    return OnRay(config, tables, snapshot, say, name)
 
 
 def _run(
@@ -159,12 +162,11 @@ def _run(
     tables: list[Table],
     folder: RunFolder,
     runtime: Runtime,
-    snapshot: Snapshot | None,
     best: Best | None,
     record: dict[str, Any],
     started: float | None,
 ) -> Finished:
-    first = snapshot.step if snapshot else 0
+    first = runtime.step
     rows = read_metrics(folder.path / "metrics.parquet")
     lost = max((int(row["step"]) for row in rows), default=first) - first
     record = record | {"steps_recomputed": record.get("steps_recomputed", 0) + max(0, lost)}
@@ -172,6 +174,7 @@ def _run(
     try:
         journal = Journal(folder.path, rows)
         journal.cut(first)
+        journal.catch_up(runtime.earlier, MEASURES[config.kind].name)
         display: Progress = progress(config.outer.steps, config.cluster.most, MEASURES[config.kind])
         trainer = Trainer(config, runtime, folder, journal, display, best, record, started)
         try:

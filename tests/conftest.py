@@ -180,13 +180,15 @@ class Process(subprocess.Popen):
 
 @pytest.fixture
 def start_cli(tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """Starts the real command in a folder of its own, without this process's cluster; ended by process id."""
+    """Starts the real command in a folder of its own, without this process's cluster or, where it `joins`, with the
+    token for it; ended by process id."""
     started: list[Process] = []
     home = tmp_path / "home"
     home.mkdir()
 
-    def start(*words: object) -> Process:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    def start(*words: object, joins: bool = False) -> Process:
+        kept = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN") if joins else ()
+        environment = {n: value for n, value in os.environ.items() if n in kept or not n.startswith("RAY_")}
         output = tmp_path / f"output-{len(started)}.txt"
         with output.open("w") as file:
             process = Process(

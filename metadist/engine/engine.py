@@ -26,6 +26,7 @@ class Blueprint:
     """
 
     def __init__(self, config: Config, shape: tuple[int, ...], classes: int = 0) -> None:
+        self.shape, self.classes = shape, classes
         dtype = getattr(torch, config.engine.dtype)
         generator = torch.Generator().manual_seed(config.seed)
         theta, state = algorithms.for_training(config, shape, classes).init(generator)

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,23 @@ class Layout:
     @property
     def total(self) -> int:
         return sum(self.sizes)
+
+    def only(self, names: Collection[str]) -> "Layout":
+        """Those of the tensors that are named."""
+        kept = [(name, shape) for name, shape in zip(self.names, self.shapes, strict=True) if name in names]
+        return Layout(tuple(name for name, _ in kept), tuple(shape for _, shape in kept))
+
+    def spans(self, names: Collection[str]) -> tuple[slice, ...]:
+        """Where the named tensors lie in the flat buffer; neighbours are one span."""
+        found: list[slice] = []
+        start = 0
+        for name, size in zip(self.names, self.sizes, strict=True):
+            if name in names and found and found[-1].stop == start:
+                found[-1] = slice(found[-1].start, start + size)
+            elif name in names:
+                found.append(slice(start, start + size))
+            start += size
+        return tuple(found)
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """One contiguous tensor [total] of the given values."""

@@ -3,21 +3,30 @@
 A plain class. It runs in the driver's process or, unchanged, as a Ray actor.
 """
 
-from collections.abc import Collection, Iterable
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from metadist.config import Config
 from metadist.engine.device import one_thread
 from metadist.engine.engine import Blueprint
 from metadist.engine.exact import coarser, dequantise, first_exponents, next_exponents
+from metadist.runtime.cut import Piece, cut, gathered_exponents
 from metadist.runtime.outer import OuterStep, learning_rate, moved_state
+
+REPORTS = 1024
+"""Newest reports that an aggregator keeps, for a driver that comes after a dead one."""
 
 
 class Broadcast(NamedTuple):
-    """What a worker needs for the shards of one step: θ and state as one flat buffer, and the exponents."""
+    """What a worker needs for the shards of one step: θ and state as one flat buffer, and the exponents.
+
+    Of one piece, where there are several aggregators.
+    """
 
     step: int
     attempt: int
@@ -51,23 +60,42 @@ class Report(NamedTuple):
     duplicates: int
 
 
+class Position(NamedTuple):
+    """Where an aggregator stands that has outlived its driver, and its newest reports, oldest first."""
+
+    step: int
+    pieces: int
+    reports: tuple[Report, ...]
+
+
 class Aggregator:
-    """θ, the running state, the optimizer and the sum of the current step."""
+    """θ, the running state, the optimizer and the sum of the current step; or a piece of them.
+
+    snapshot: of the whole run; piece: which of `pieces`.
+    """
 
     def __init__(
-        self, config: Config, shape: tuple[int, ...], snapshot: Snapshot | None = None, classes: int = 0
+        self,
+        config: Config,
+        shape: tuple[int, ...],
+        snapshot: Snapshot | None = None,
+        classes: int = 0,
+        piece: int = 0,
+        pieces: int = 1,
     ) -> None:
-        self.config, self.blueprint = config, Blueprint(config, shape, classes)
+        blueprint = Blueprint(config, shape, classes)
+        self.config, self.pieces = config, pieces
+        self.piece: Piece = cut(blueprint, pieces)[piece]
         self.shards = config.task.meta_batch // config.shard
-        theta, state = self.blueprint.theta, self.blueprint.state
-        self.step, self.exponents = 0, first_exponents(self.blueprint.sums)
+        values: dict[str, Tensor] = blueprint.theta | blueprint.state
+        self.step, self.exponents = 0, first_exponents(self.piece.sums)
         if snapshot is not None:
             values = {name: torch.from_numpy(np.array(value)) for name, value in snapshot.values.items()}
-            theta, state = {n: values[n] for n in theta}, {n: values[n] for n in state}
-            self.step, self.exponents = snapshot.step, np.array(snapshot.exponents)
-        self.state = dict(state)
-        self.total = np.zeros(self.blueprint.sums.total, dtype=np.int64)
-        self.outer = OuterStep(config.outer, theta)
+            self.step, self.exponents = snapshot.step, np.array(snapshot.exponents)[self.piece.tensors]
+        self.state = {name: values[name] for name in self.piece.state}
+        self.total = np.zeros(self.piece.sums.total, dtype=np.int64)
+        self.outer = OuterStep(config.outer, {name: values[name] for name in self.piece.theta})
+        self.reports: deque[Report] = deque(maxlen=REPORTS)
         if snapshot is not None:
             self.outer.remember({name: torch.from_numpy(np.array(value)) for name, value in snapshot.memory.items()})
         self._open(attempt=0)
@@ -76,10 +104,11 @@ class Aggregator:
         self.attempt, self.duplicates = attempt, 0
         self.added: set[int] = set()
         self.total.fill(0)
+        self._mean: dict[str, Tensor] | None = None
 
     def broadcast(self) -> Broadcast:
         """θ_t for the workers."""
-        values = self.blueprint.values.flatten(self.outer.theta | self.state)
+        values = self.piece.values.flatten(self.outer.theta | self.state)
         return Broadcast(self.step, self.attempt, values.numpy(), self.exponents)
 
     def add(self, step: int, attempt: int, shards: Collection[int], q: np.ndarray) -> bool:
@@ -92,46 +121,93 @@ class Aggregator:
         return True
 
     def redo(self, step: int, attempt: int, exceeding: Iterable[int]) -> Broadcast:
-        """Begin the step again with coarser exponents for the tensors in which some shard exceeded its bound."""
+        """Begin the step again with coarser exponents for the tensors in which some shard exceeded its bound.
+
+        exceeding: their indices among those of the run.
+        """
         if (step, attempt) == (self.step, self.attempt):
-            self.exponents = coarser(self.exponents, exceeding)
+            own = np.flatnonzero(np.isin(self.piece.tensors, list(exceeding)))
+            self.exponents = coarser(self.exponents, own.tolist())
             self._open(attempt + 1)
         return self.broadcast()
 
-    def apply(self, step: int) -> tuple[Report, Broadcast]:
-        """One outer step from the complete sum; without it nothing moves and the report says what is missing."""
-        missing = (
-            tuple(sorted(set(range(self.shards)) - self.added)) if step == self.step else tuple(range(self.shards))
-        )
+    def squares(self, step: int) -> list[float]:
+        """Of its tensors in the complete mean gradient, for the norm of the whole; none while shards are missing."""
+        if self._missing(step):
+            return []
+        with one_thread():
+            return self.outer.squares(self._gradient())
+
+    def apply(self, step: int, *squares: Sequence[float]) -> tuple[Report, Broadcast]:
+        """One outer step from the complete sum; without it nothing moves and the report says what is missing.
+
+        squares: those of every piece in turn, where there are several.
+        """
+        missing = self._missing(step)
         if missing:
             return Report(step, float("nan"), float("nan"), float("nan"), 0.0, True, missing, 0), self.broadcast()
-        tasks, layout = self.config.task.meta_batch, self.blueprint.sums
         with one_thread():
-            mean = layout.split(dequantise(layout, self.total, self.exponents) / tasks)
-            norm = self.outer.step({name: mean[f"gradient.{name}"] for name in self.blueprint.theta}, step)
+            whole = [one for piece in squares for one in piece] if squares else None
+            norm = self.outer.step(self._gradient(), step, whole)
+            mean = self._means()
             self.state = moved_state(self.state, {name: mean[f"statistics.{name}"] for name in self.state})
-        self.exponents = next_exponents(layout, self.total, self.exponents)
+        self.exponents = next_exponents(self.piece.sums, self.total, self.exponents)
         duplicates = self.duplicates
         self.step += 1
         self._open(attempt=0)
         broadcast = self.broadcast()
         report = Report(
             step,
-            float(mean["metric.loss"]),
-            float(mean["metric.score"]),
+            float(mean.get("metric.loss", np.nan)),
+            float(mean.get("metric.score", np.nan)),
             norm,
             learning_rate(self.config.outer, step),
             bool(np.isfinite(broadcast.values).all()),
             (),
             duplicates,
         )
+        self.reports.append(report)
         return report, broadcast
 
+    def _missing(self, step: int) -> tuple[int, ...]:
+        """Shards that are not counted."""
+        shards = range(self.shards)
+        return tuple(sorted(set(shards) - self.added)) if step == self.step else tuple(shards)
+
+    def _means(self) -> dict[str, Tensor]:
+        """Means over the tasks by name, float64; taken once from a complete sum."""
+        if self._mean is None:
+            layout, tasks = self.piece.sums, self.config.task.meta_batch
+            self._mean = layout.split(dequantise(layout, self.total, self.exponents) / tasks)
+        return self._mean
+
+    def _gradient(self) -> dict[str, Tensor]:
+        return {name: self._means()[f"gradient.{name}"] for name in self.piece.theta}
+
+    def position(self) -> Position:
+        """For a driver that finds this aggregator running."""
+        return Position(self.step, self.pieces, tuple(self.reports))
+
+    def reopen(self) -> Broadcast:
+        """Begin the current step anew: what its shards' sums were to another driver is computed again."""
+        self._open(attempt=0)
+        return self.broadcast()
+
     def snapshot(self) -> Snapshot:
-        """The state now; copies, so that the next step does not move them."""
+        """The state now, of this piece; copies, so that the next step does not move them."""
         return Snapshot(
             self.step,
             {name: value.clone().numpy() for name, value in (self.outer.theta | self.state).items()},
             {name: value.numpy() for name, value in self.outer.memory().items()},
             self.exponents.copy(),
         )
+
+
+def joined(pieces: Sequence[Piece], snapshots: Sequence[Snapshot]) -> Snapshot:
+    """The state of a run from the snapshots of all its pieces, taken at one step."""
+    return Snapshot(
+        snapshots[0].step,
+        {name: value for snapshot in snapshots for name, value in snapshot.values.items()},
+        {name: value for snapshot in snapshots for name, value in snapshot.memory.items()},
+        gathered_exponents(pieces, [snapshot.exponents for snapshot in snapshots]),
+    )

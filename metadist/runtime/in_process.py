@@ -7,7 +7,7 @@ import numpy as np
 
 from metadist.config import Config
 from metadist.data.table import Table
-from metadist.runtime.aggregator import Aggregator, Broadcast, Snapshot
+from metadist.runtime.aggregator import Aggregator, Broadcast, Report, Snapshot
 from metadist.runtime.runtime import Counts, Later, NotFinite
 from metadist.runtime.worker import Worker
 
@@ -22,6 +22,7 @@ class InProcess:
         self.worker = Worker(config, [str(table.path) for table in tables])
         introduction = self.worker.introduce()
         self.aggregator = self._aggregator(snapshot)
+        self.step, self.earlier = self.aggregator.step, list[Report]()
         self.fingerprint = introduction.fingerprint | {"probe": introduction.probe}
         self.hardware = introduction.hardware
         self._broadcast: Broadcast = self.aggregator.broadcast()

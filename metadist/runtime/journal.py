@@ -7,7 +7,7 @@ raised in the loop at its next call, in one line.
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from metadist.durable import write
+from metadist.runtime.aggregator import Report
 
 FLUSH_SECONDS = 2.0
 """Between two writings of the metrics; longer once a writing takes a twentieth of that."""
@@ -41,6 +42,14 @@ class Journal:
             self.rows[-1].update(measured)
         else:
             self.rows.append({"step": step, "time": time.time(), **measured})
+
+    def catch_up(self, reports: Sequence[Report], score: str) -> None:
+        """Rows of steps that an earlier driver took and did not write; its times are not known."""
+        last = self.rows[-1]["step"] if self.rows else 0
+        for told in reports:
+            if told.step + 1 > last:
+                measured = {"loss": told.loss, score: told.score, "grad_norm": told.grad_norm, "lr": told.lr}
+                self.row(told.step + 1, **measured)
 
     def later(self, job: Callable[[], None]) -> None:
         """Run a write in the thread, the metrics so far before it; waits only when two are waiting already."""

@@ -13,15 +13,17 @@ import numpy as np
 
 from metadist.config import Config
 from metadist.data.table import Table
+from metadist.engine.engine import blueprint
 from metadist.engine.fingerprint import differences
 from metadist.errors import ClusterError, MetadistError
 from metadist.runtime import preemption
-from metadist.runtime.aggregator import Aggregator, Report, Snapshot
+from metadist.runtime.aggregation import Aggregation, aggregator_lost, first_line
+from metadist.runtime.aggregator import Report, Snapshot
 from metadist.runtime.cluster import check_resources, connect, disconnect, reserved, room
+from metadist.runtime.cut import assembled
 from metadist.runtime.dispatcher import Dispatcher
 from metadist.runtime.runtime import AggregatorLost, Counts, Later, NotFinite, Say
 from metadist.runtime.worker import Introduction, Receipt, Worker
-from metadist.tasks.samplers import training_tasks
 
 WAITING = 10.0
 """Seconds between two lines about what is waited for."""
@@ -52,11 +54,12 @@ Item = Shard | Judgement
 class OnRay:
     """`cluster.workers` ≥ 1."""
 
-    def __init__(self, config: Config, tables: Sequence[Table], snapshot: Snapshot | None, say: Say) -> None:
+    def __init__(
+        self, config: Config, tables: Sequence[Table], snapshot: Snapshot | None, say: Say, run: str | None = None
+    ) -> None:
         self.config, self.say = config, say
         self.paths = [str(table.path) for table in tables]
-        tasks = training_tasks(config, tables, "cpu")
-        self._shape, self._classes = tasks.shape, tasks.classes
+        self.step, self.earlier = snapshot.step if snapshot else 0, list[Report]()
         self.ray, self._ours = connect(config.cluster)
         self.fingerprint: dict[str, str] = {}
         self.hardware: dict[str, Any] = {}
@@ -69,15 +72,19 @@ class OnRay:
         self._born = self._deaths = self._recomputed = self._duplicates = 0
         self._evaluations = 0
         self._alone_since: float | None = None
+        self._asked: dict[str, Any] = {}
+        self._nodes: dict[str, str] = {}
         self._group: Any = None
         self._places: list[int] = []
         self._place_of: dict[str, int] = {}
         self._dispatcher: Dispatcher[Item] = Dispatcher(config.cluster.backup)
         self._size = config.shard
         self._per_step = config.task.meta_batch // config.shard
+        run = None if config.cluster.address == "local" else run
+        self._sums = Aggregation(self.ray, config, blueprint(config, tables), run, say)
         try:
             check_resources(self.ray, config.cluster)
-            self._start_aggregator(snapshot)
+            self._take_over_or_start(snapshot)
             self._place()
             for _ in range(config.cluster.most):
                 self._hire()
@@ -86,10 +93,14 @@ class OnRay:
             self.close()
             raise
 
-    def _start_aggregator(self, snapshot: Snapshot | None) -> None:
-        actor = self.ray.remote(Aggregator).options(num_cpus=0, max_restarts=0)
-        self._aggregator = actor.remote(self.config, self._shape, snapshot, self._classes)
-        self._broadcast = self._aggregator.broadcast.remote()
+    def _take_over_or_start(self, snapshot: Snapshot | None) -> None:
+        """Go on with the aggregators that outlived the run's last driver, or start new ones."""
+        self.earlier = self._sums.adopt(snapshot)
+        if self.earlier:
+            self.step = self.earlier[-1].step + 1
+            self.say(f"the aggregator outlived its driver; going on from step {self.step}")
+        else:
+            self._sums.start(snapshot)
 
     # --- workers -------------------------------------------------------------
 
@@ -120,6 +131,8 @@ class OnRay:
             self._place_of[name] = self._places.pop(0)
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, self._place_of[name])
         self._actors[name] = self.ray.remote(Worker).options(**options).remote(self.config, self.paths)
+        if cluster.sums == "tree":
+            self._asked[name] = self._actors[name].__ray_call__.remote(_node)
         self._arriving[self._actors[name].introduce.remote()] = name
 
     def _first_workers(self) -> None:
@@ -163,6 +176,8 @@ class OnRay:
             self._dismiss(name)
             self.say(f"refused a worker on {introduction.host} (process {introduction.pid}): it has {told}")
             return
+        if name in self._asked:
+            self._nodes[name] = self.ray.get(self._asked.pop(name))
         self.pids[name] = introduction.pid
         self._shards.setdefault(str(introduction.pid), 0)
         self._dispatcher.join(name)
@@ -200,8 +215,10 @@ class OnRay:
             together = [item for item in items if isinstance(item, Shard)]
             if together:
                 step, attempt, shards = together[0].step, together[0].attempt, [item.shard for item in together]
-                receipt, q = actor.compute.options(num_returns=2).remote(self._broadcast, step, attempt, shards)
-                self._calls[receipt] = (name, items, q)
+                first, *others = self._sums.broadcast
+                compute = actor.compute.options(num_returns=2 + len(others))
+                receipt, *sums = compute.remote(first, step, attempt, shards, *others)
+                self._calls[receipt] = (name, items, sums)
             for item in items:
                 if isinstance(item, Judgement):
                     assert judged is not None
@@ -209,13 +226,14 @@ class OnRay:
                     self._calls[found] = (name, (item,), None)
 
     def _events(self) -> list[tuple[str, tuple[Item, ...], Any, Any]]:
-        """Results that came in, after a second at most: (worker, items, receipt or judgement, the sum's reference)."""
+        """Results that came in, after a second at most: (worker, items, receipt or judgement, its sums' references)."""
         from ray.exceptions import RayActorError, RayError, RayTaskError
 
         waiting = [*self._calls, *self._arriving]
         if not waiting:
             raise ClusterError("no worker is left: each one was refused, because its bits differ from the run's")
         self._expect_a_worker()
+        self._sums.touch()
         patience = min(1.0, self._dispatcher.wait())
         ready, _ = self.ray.wait(waiting, num_returns=1, timeout=patience, fetch_local=True)
         results = []
@@ -229,29 +247,28 @@ class OnRay:
                 if isinstance(error.cause, MetadistError):
                     raise error.cause from error
                 if isinstance(error.cause, RayError):  # θ_t, its argument, was lost with the aggregator
-                    raise AggregatorLost(f"the aggregator was lost: {_first_line(error.cause)}") from error
+                    raise AggregatorLost(f"the aggregator was lost: {first_line(error.cause)}") from error
                 raise
             except RayActorError as error:
                 self._arriving.pop(ref, None)
-                self._lost(name, _first_line(error))
+                self._lost(name, first_line(error))
                 continue
             except RayError as error:  # the result was lost with its node, or never fitted the memory
                 self._arriving.pop(ref, None)
-                self._lost(name, _first_line(error))
+                self._lost(name, first_line(error))
                 continue
             if ref in self._arriving:
                 del self._arriving[ref]
                 self._arrived(name, value)
             else:
-                _, items, q = self._calls.pop(ref)
-                results.append((name, items, value, q))
+                _, items, sums = self._calls.pop(ref)
+                results.append((name, items, value, sums))
                 self._deaths = 0
         return results
 
     # --- a step --------------------------------------------------------------
 
     def begin(self, step: int) -> None:
-        self._acks: list[Any] = []
         self._attempt = 0
         self._open_step(step)
 
@@ -265,17 +282,21 @@ class OnRay:
     def finish(self, step: int) -> None:
         while self._dispatcher.open:
             preemption.check()
-            for name, items, receipt, q in self._events():
+            for name, items, receipt, sums in self._events():
                 if isinstance(receipt, Receipt):
-                    self._take(step, name, [item for item in items if isinstance(item, Shard)], receipt, q)
+                    self._take(step, name, [item for item in items if isinstance(item, Shard)], receipt, sums)
+            if not self._dispatcher.open:
+                lost = self._sums.gather(step, self._attempt)
+                self._recomputed += len(lost)
+                self._dispatcher.add(Shard(step, self._attempt, shard) for shard in sorted(lost))
             if not self._dispatcher.open and self._exceeding:
                 self._recomputed += self._per_step
-                self._broadcast = self._aggregator.redo.remote(step, self._attempt, sorted(self._exceeding))
+                self._sums.redo(step, self._attempt, self._exceeding)
                 self._attempt += 1
                 self._open_step(step)
             self._hand_out()
 
-    def _take(self, step: int, name: str, items: list[Shard], receipt: Receipt, q: Any) -> None:
+    def _take(self, step: int, name: str, items: list[Shard], receipt: Receipt, sums: Any) -> None:
         """Count a worker's sum of some shards; all of it or, where some of them count already, nothing."""
         late = [item for item in items if item not in self._dispatcher.open]
         if late:
@@ -297,49 +318,27 @@ class OnRay:
             self._dispatcher.again(name, item)
         if receipt.summed:
             self._shards[str(receipt.pid)] = self._shards.get(str(receipt.pid), 0) + len(receipt.summed)
-            # Calls from one driver to one actor run in order, so this is counted before `apply`.
-            added = self._aggregator.add.remote(items[0].step, items[0].attempt, receipt.summed, q)
-            self._acks.append(added)
+            self._sums.add(items[0].step, items[0].attempt, receipt.summed, sums, self._nodes.get(name))
 
     def apply(self, step: int) -> Later:
-        report, self._broadcast = self._aggregator.apply.options(num_returns=2).remote(step)
-        acks, self._acks = self._acks, []
+        applied = self._sums.apply(step)
 
         def later() -> Report:
-            from ray.exceptions import RayError
-
-            try:
-                self.ray.get(acks)
-                found: Report = self.ray.get(report)
-            except RayError as error:
-                raise _aggregator_lost(error, f"step {step}: ") from error
-            if found.missing:
-                raise AggregatorLost(f"step {step}: shards {found.missing} did not reach the aggregator")
-            self._duplicates += found.duplicates
-            return found
+            report = applied()
+            self._duplicates += report.duplicates
+            return report
 
         return later
 
     def snapshot(self) -> Callable[[], Snapshot]:
-        taken = self._aggregator.snapshot.remote()
-
-        def later() -> Snapshot:
-            from ray.exceptions import RayError
-
-            try:
-                found: Snapshot = self.ray.get(taken)
-            except RayError as error:
-                raise _aggregator_lost(error) from error
-            return found
-
-        return later
+        return self._sums.snapshot()
 
     def restart(self, snapshot: Snapshot | None) -> None:
         self._dispatcher.drop()
         self._dispatcher.free()
         self._calls.clear()  # they wait for parameters that are lost with the aggregator
-        self.ray.kill(self._aggregator)
-        self._start_aggregator(snapshot)
+        self._sums.end()
+        self._sums.start(snapshot)
 
     # --- evaluation ----------------------------------------------------------
 
@@ -347,9 +346,9 @@ class OnRay:
         from ray.exceptions import RayError
 
         try:
-            current = self.ray.get(self._broadcast).values if values is None else values
+            current = self._current() if values is None else values
         except RayError as error:
-            raise _aggregator_lost(error) from error
+            raise aggregator_lost(error) from error
         shared = self.ray.put(current)
         self._evaluations += 1
         self._dispatcher.drop()
@@ -368,6 +367,11 @@ class OnRay:
         parts = [found[first] for first in sorted(found)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
+    def _current(self) -> np.ndarray:
+        """θ and state as they are now, one flat buffer."""
+        parts = [broadcast.values for broadcast in self.ray.get(list(self._sums.broadcast))]
+        return assembled(self._sums.pieces, parts, sum(part.size for part in parts))
+
     # --- the rest ------------------------------------------------------------
 
     def counts(self) -> Counts:
@@ -376,24 +380,16 @@ class OnRay:
     def close(self) -> None:
         for name in list(self._actors):
             self._dismiss(name)
-        if hasattr(self, "_aggregator"):
-            self.ray.kill(self._aggregator)
+        self._sums.end()
         if self._group is not None:
             self.ray.util.remove_placement_group(self._group)
         if self._ours:
             disconnect()
 
 
-def _aggregator_lost(error: Exception, where: str = "") -> Exception:
-    """What a failed call to the aggregator means: it died; or it has a defect, and would have it again."""
-    from ray.exceptions import RayError, RayTaskError
+def _node(_: Any) -> str:
+    """In an actor: the node it runs on."""
+    import ray
 
-    defect = isinstance(error, RayTaskError) and not isinstance(error.cause, RayError)
-    return error if defect else AggregatorLost(f"{where}the aggregator was lost: {_first_line(error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if lines and "creation task" in lines[0]:  # Ray puts the cause last
-        return lines[-1]
-    return lines[0] if lines else type(error).__name__
+    node: str = ray.get_runtime_context().get_node_id()
+    return node

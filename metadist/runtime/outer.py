@@ -1,7 +1,7 @@
 """The outer step: unscale, clip, optimizer, schedule; one function, whatever runs around it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -52,9 +52,16 @@ class OuterStep:
         """θ by name: views, which the next step moves."""
         return self.layout.split(self.flat.detach())
 
-    def step(self, gradient: Mapping[str, Tensor], step: int) -> float:
-        """Move θ by one mean meta-gradient (float64, by name); returns the gradient's norm before clipping."""
-        norm = math.sqrt(sum(float(gradient[name].square().sum()) for name in self.layout.names))
+    def squares(self, gradient: Mapping[str, Tensor]) -> list[float]:
+        """The squared norm of every tensor of a gradient (float64, by name), in name order."""
+        return [float(gradient[name].square().sum()) for name in self.layout.names]
+
+    def step(self, gradient: Mapping[str, Tensor], step: int, squares: Sequence[float] | None = None) -> float:
+        """Move θ by one mean meta-gradient (float64, by name); returns the gradient's norm before clipping.
+
+        squares: those of all tensors of the run, where these are not all.
+        """
+        norm = math.sqrt(sum(self.squares(gradient) if squares is None else squares))
         factor = self.outer.clip / norm if self.outer.clip is not None and norm > self.outer.clip else 1.0
         self.flat.grad = (self.layout.flatten(gradient) * factor).to(self.flat.dtype)
         for group in self.optimizer.param_groups:

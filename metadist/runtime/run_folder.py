@@ -1,9 +1,11 @@
 """The run folder: created when everything has been checked, owned by one living process."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +17,17 @@ from safetensors.torch import save
 from metadist.config import Config, load, to_yaml
 from metadist.durable import storage_errors, write
 from metadist.errors import RunError
+
+NAME = "name"
+
+
+def run_name(path: Path) -> str:
+    """A name that no other run has, for what outlives a driver on a cluster; it ends with the folder's place."""
+    return f"{uuid.uuid4().hex[:12]}-{_place(path)}"
+
+
+def _place(path: Path) -> str:
+    return hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
 
 
 def fresh_name(job: str) -> Path:
@@ -36,8 +49,8 @@ class RunFolder:
         self._lock: int | None = None
 
     @classmethod
-    def create(cls, path: Path, config: Config) -> "RunFolder":
-        """A new folder; one that exists is refused, one that cannot be filled is removed again."""
+    def create(cls, path: Path, config: Config, name: str) -> "RunFolder":
+        """A new folder; one that exists is refused, one that cannot be filled is removed again. name: of the run."""
         refuse_existing(path)
         folder = cls(path)
         with storage_errors(path):
@@ -46,6 +59,7 @@ class RunFolder:
             folder.lock()
             with storage_errors(path):
                 folder.checkpoints.mkdir()
+            write(path / NAME, name.encode())
             write(path / "config.yaml", to_yaml(config).encode())
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
@@ -90,6 +104,13 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    @property
+    def name(self) -> str | None:
+        """The run's own name on a cluster; None for a folder that has moved, since another may run under that name."""
+        path = self.path / NAME
+        found = path.read_text().strip() if path.is_file() else ""
+        return found if found.endswith(_place(self.path)) else None
 
     def config(self) -> Config:
         return load(self.path / "config.yaml")

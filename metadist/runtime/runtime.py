@@ -45,7 +45,14 @@ class Counts(NamedTuple):
 
 
 class Runtime(Protocol):
-    """Workers and an aggregator. A step is `begin`, `finish`, `apply`, in this order."""
+    """Workers and an aggregator. A step is `begin`, `finish`, `apply`, in this order.
+
+    step: the first to take; earlier: reports of steps since the checkpoint that need not be taken again, because
+    the aggregator outlived the driver that took them.
+    """
+
+    step: int
+    earlier: list[Report]
 
     def begin(self, step: int) -> None:
         """Let the workers start on a step; returns at once."""

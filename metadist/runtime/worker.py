@@ -22,6 +22,7 @@ from metadist.engine.exact import first_exponents
 from metadist.engine.fingerprint import fingerprint
 from metadist.engine.hardware import hardware
 from metadist.runtime.aggregator import Broadcast
+from metadist.runtime.cut import assembled, cut, gathered_exponents
 
 
 class Introduction(NamedTuple):
@@ -89,14 +90,21 @@ class Worker:
         )
 
     def compute(
-        self, broadcast: Broadcast, step: int, attempt: int, shards: Sequence[int]
-    ) -> tuple[Receipt, np.ndarray]:
-        """Some shards of one step and their integer sum; nothing is computed from a broadcast of another step."""
-        if (broadcast.step, broadcast.attempt) != (step, attempt):
-            return Receipt(os.getpid(), (), (), (), False), np.zeros(0, dtype=np.int64)
+        self, broadcast: Broadcast, step: int, attempt: int, shards: Sequence[int], *others: Broadcast
+    ) -> tuple[Any, ...]:
+        """Some shards of one step: a receipt and their integer sum, a part for every piece of the parameters.
+
+        broadcast, others: of all the pieces in turn; nothing is computed from one of another step.
+        """
+        pieces = cut(self.engine.blueprint, 1 + len(others))
+        broadcasts = (broadcast, *others)
+        if any((one.step, one.attempt) != (step, attempt) for one in broadcasts):
+            return Receipt(os.getpid(), (), (), (), False), *(np.zeros(0, dtype=np.int64) for _ in broadcasts)
+        values = assembled(pieces, [one.values for one in broadcasts], self.engine.blueprint.values.total)
+        exponents = gathered_exponents(pieces, [one.exponents for one in broadcasts])
         total, summed, not_finite, exceeding = None, [], [], set[int]()
         for shard in shards:
-            part = self.engine.part(broadcast.values, broadcast.exponents, step, shard)
+            part = self.engine.part(values, exponents, step, shard)
             if part.fits:
                 total = part.q if total is None else total + part.q
                 summed.append(shard)
@@ -104,7 +112,8 @@ class Worker:
                 not_finite.append(shard)
             exceeding.update(part.exceeding if part.finite else ())
         receipt = Receipt(os.getpid(), tuple(summed), tuple(not_finite), tuple(sorted(exceeding)), True)
-        return receipt, np.zeros(0, dtype=np.int64) if total is None else total
+        none = np.zeros(0, dtype=np.int64)
+        return receipt, *(none if total is None else piece.part(total) for piece in pieces)
 
     def judge(self, values: np.ndarray, judged: Config, split: str, first: int, tasks: int) -> dict[str, np.ndarray]:
         """Accuracy and loss of evaluation tasks first … first+tasks−1."""

@@ -111,7 +111,7 @@ def test_a_step_is_done_again_with_coarser_exponents(config: Config) -> None:
     aggregator = Aggregator(config, IMAGE)
     theta = aggregator.broadcast().values
     aggregator.add(0, 0, [0], sums(config, 0, 0))
-    names = aggregator.blueprint.sums.names
+    names = aggregator.piece.sums.names
     again = aggregator.redo(0, 0, range(len(names)))
     assert (again.step, again.attempt) == (0, 1)
     assert (again.exponents == FIRST_EXPONENT - COARSER_BITS).all()

@@ -11,7 +11,7 @@ import pytest
 
 from metadist.config import Config, resolve
 from metadist.errors import RunError
-from metadist.runtime.run_folder import RunFolder, fresh_name
+from metadist.runtime.run_folder import RunFolder, run_name, fresh_name
 
 HOLD = """
 import fcntl, os, sys, time
@@ -25,7 +25,7 @@ time.sleep(600)
 
 @pytest.fixture
 def folder(tmp_path: Path, tiny: Callable[..., Config]) -> RunFolder:
-    return RunFolder.create(tmp_path / "a" / "run", resolve(tiny()))
+    return RunFolder.create(tmp_path / "a" / "run", resolve(tiny()), run_name(tmp_path / "a" / "run"))
 
 
 @pytest.fixture
@@ -41,14 +41,14 @@ def holder(folder: RunFolder) -> Iterator[subprocess.Popen]:
 
 
 def test_a_new_folder_is_whole(folder: RunFolder, tiny: Callable[..., Config]) -> None:
-    assert sorted(os.listdir(folder.path)) == [".lock", "checkpoints", "config.yaml"]
+    assert sorted(os.listdir(folder.path)) == [".lock", "checkpoints", "config.yaml", "name"]
     assert folder.config() == resolve(tiny())
     assert folder.result() is None
 
 
 def test_a_folder_that_exists_is_refused(folder: RunFolder, tiny: Callable[..., Config]) -> None:
     with pytest.raises(RunError, match=r"exists already.*--resume"):
-        RunFolder.create(folder.path, tiny())
+        RunFolder.create(folder.path, tiny(), "name")
 
 
 def test_a_living_process_keeps_others_out(folder: RunFolder, holder: subprocess.Popen) -> None:

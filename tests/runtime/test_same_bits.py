@@ -48,12 +48,27 @@ def test_any_number_of_workers(workers: int, on_cluster: Make, tiny_run: Any, tm
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
 
 
+@pytest.mark.parametrize("keys", [("sums=tree",), ("aggregators=3",), ("aggregators=2", "sums=tree")], ids="+".join)
+def test_any_way_of_the_sums(
+    keys: tuple[str, ...], on_cluster: Make, half_run: Path, tiny_run: Any, cluster: Any, tmp_path: Path
+) -> None:
+    """In pieces, or added on the node first; also from where a run got in another way."""
+    overrides = [f"cluster.{key}" for key in keys]
+    result = train(on_cluster(2, *overrides), "tiny", tmp_path / "run").result
+    assert result["theta_sha256"] == tiny_run.result["theta_sha256"]
+    assert result["test"] == tiny_run.result["test"]
+    assert sum(result["shards_by_worker"].values()) == 12 * 4
+    resumed = resume(half_run, ["cluster.workers=2", f"cluster.address={cluster.address}", *overrides]).result
+    assert resumed["theta_sha256"] == tiny_run.result["theta_sha256"]
+
+
 def test_a_bound_that_is_exceeded(on_cluster: Make, tiny: Make, tmp_path: Path) -> None:
     """Step 0 begins again with coarser exponents, three times, while shards of the first attempts are on their way."""
     override = "algorithm.support_loss_weight=1e18"
     alone = train(tiny(override), "tiny", tmp_path / "alone").result
     assert alone["shards_recomputed"] > 0
-    together = train(on_cluster(2, override), "tiny", tmp_path / "together").result
+    pieces = ("cluster.aggregators=2", "cluster.sums=tree")
+    together = train(on_cluster(2, override, *pieces), "tiny", tmp_path / "together").result
     assert together["shards_recomputed"] > 0
     assert together["theta_sha256"] == alone["theta_sha256"]
     assert together["test"] == alone["test"]
@@ -90,8 +105,9 @@ def test_a_call_of_which_one_shard_is_unusable(
                 bad, *rest = items
                 changed.append(bad)
                 shards = [item.shard for item in rest]
-                receipt, q = self._actors[name].compute.options(num_returns=2).remote(self._broadcast, 3, 0, shards)
-                results[number] = (name, items, self.ray.get(receipt)._replace(not_finite=(bad.shard,)), q)
+                compute = self._actors[name].compute.options(num_returns=2)
+                receipt, q = compute.remote(self._sums.broadcast[0], 3, 0, shards)
+                results[number] = (name, items, self.ray.get(receipt)._replace(not_finite=(bad.shard,)), [q])
         return results
 
     monkeypatch.setattr(OnRay, "_events", events)

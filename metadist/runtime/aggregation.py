@@ -1,0 +1,234 @@
+"""Where the sums of a step go, as Ray actors: to one aggregator or several, straight or by way of a sum on each node.
+
+`cluster.aggregators` cuts θ into pieces, each with an aggregator. With `cluster.sums: tree` the
+workers' sums are added on their node first. No bit depends on either.
+
+On a cluster that is not this run's own the aggregators are named and detached: they outlive the
+driver, and one that resumes the run finds them. Without a driver they end after `cluster.linger`.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+from metadist.config import Config
+from metadist.engine.engine import Blueprint
+from metadist.runtime.aggregator import Aggregator, Position, Report, Snapshot, joined
+from metadist.runtime.combiner import Combiner
+from metadist.runtime.cut import cut
+from metadist.runtime.linger import expect_another_call
+from metadist.runtime.runtime import AggregatorLost, Later, Say
+
+NAMESPACE = "metadist"
+
+
+class Aggregation:
+    """The aggregators of a run, and the combiners of its nodes.
+
+    run: a name by which a later driver finds them; None: they end with this one.
+    """
+
+    def __init__(self, ray: Any, config: Config, blueprint: Blueprint, run: str | None, say: Say) -> None:
+        self.ray, self.config, self.say = ray, config, say
+        self._classes = blueprint.classes
+        self._shape = blueprint.shape
+        self.pieces = cut(blueprint, config.cluster.aggregators)
+        self._run = run if config.cluster.linger else None
+        self._touched = 0.0
+        self._actors: list[Any] = []
+        self.broadcast: tuple[Any, ...] = ()
+        self._tree = config.cluster.sums == "tree"
+        self._combiners: dict[str, Any] = {}
+        self._there: defaultdict[str, set[int]] = defaultdict(set)
+        self._acks: list[Any] = []
+
+    # --- their life ----------------------------------------------------------
+
+    def adopt(self, snapshot: Snapshot | None) -> list[Report]:
+        """Take over aggregators that outlived the run's last driver, if they are further than its checkpoint.
+
+        Returns the reports of the steps in between; none where there is nothing to take over.
+        """
+        actors = self._left_behind()
+        first = snapshot.step if snapshot else 0
+        found = self._positions(actors)
+        if found is None or not self._fit(found, first):
+            for actor in actors:
+                self.ray.kill(actor)
+            return []
+        self._actors = actors
+        self.broadcast = tuple(actor.reopen.remote() for actor in actors)
+        every = [[report for report in position.reports if report.step >= first] for position in found]
+        return [_joined(parts) for parts in zip(*every, strict=True)]
+
+    def start(self, snapshot: Snapshot | None) -> None:
+        """New aggregators, from a checkpoint or from initial θ."""
+        actor = self.ray.remote(Aggregator)
+        for piece in range(len(self.pieces)):
+            options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0}
+            if self._run is not None:
+                options |= {"name": self._name(piece), "namespace": NAMESPACE, "lifetime": "detached"}
+            made = actor.options(**options)
+            self._actors.append(made.remote(self.config, self._shape, snapshot, self._classes, piece, len(self.pieces)))
+        self.broadcast = tuple(actor.broadcast.remote() for actor in self._actors)
+        self.touch()
+
+    def touch(self) -> None:
+        """Tell detached aggregators that their driver lives; to be called every second or so."""
+        linger = self.config.cluster.linger
+        if self._run is not None and time.monotonic() > self._touched + linger / 10:
+            self._touched = time.monotonic()
+            for actor in self._actors:
+                actor.__ray_call__.remote(expect_another_call, linger)
+
+    def end(self) -> None:
+        """End all of them."""
+        for actor in [*self._actors, *self._combiners.values()]:
+            self.ray.kill(actor)
+        self._actors.clear()
+        self._combiners.clear()
+        self._there.clear()
+        self._acks.clear()
+
+    def _name(self, piece: int) -> str:
+        return f"aggregator-{self._run}-{piece}"
+
+    def _left_behind(self) -> list[Any]:
+        """Aggregators of this run that are running, whoever started them."""
+        found: list[Any] = []
+        while self._run is not None:
+            try:
+                found.append(self.ray.get_actor(self._name(len(found)), namespace=NAMESPACE))
+            except ValueError:
+                break
+        return found
+
+    def _positions(self, actors: Sequence[Any]) -> list[Position] | None:
+        from ray.exceptions import GetTimeoutError, RayError
+
+        try:
+            asked = [actor.position.remote() for actor in actors]
+            found: list[Position] = self.ray.get(asked, timeout=self.config.cluster.timeout)
+        except (RayError, GetTimeoutError):
+            return None
+        return found or None
+
+    def _fit(self, found: Sequence[Position], first: int) -> bool:
+        """Whether they are at one step beyond `first` with no validation in between, nor the end: what these found
+        died with the driver, so the run goes back to before them."""
+        steps = {position.step for position in found}
+        if len(steps) != 1 or any(position.pieces != len(self.pieces) for position in found):
+            return False
+        (step,) = steps
+        every, last = self.config.eval.every, self.config.outer.steps
+        missed = any(done == last or (every and done % every == 0) for done in range(first + 1, step + 1))
+        kept = all([r.step for r in one.reports if r.step >= first] == list(range(first, step)) for one in found)
+        return step > first and kept and not missed
+
+    # --- a step --------------------------------------------------------------
+
+    def add(self, step: int, attempt: int, shards: Collection[int], sums: Sequence[Any], node: str | None) -> None:
+        """Send the sums of some shards, one reference for each piece, on their way."""
+        if self._tree and node is not None:
+            if node not in self._combiners:
+                self._combiners[node] = self._combiner(node)
+            self._there[node].update(shards)
+            self._combiners[node].add.remote(step, attempt, shards, *sums)
+            return
+        # Calls from one driver to one actor run in order, so these are counted before `apply`.
+        for actor, one in zip(self._actors, sums, strict=True):
+            self._acks.append(actor.add.remote(step, attempt, shards, one))
+
+    def gather(self, step: int, attempt: int) -> set[int]:
+        """When all shards are sent: bring the sums of the nodes to the aggregators; shards that were lost there."""
+        from ray.exceptions import RayError
+
+        asked = {}
+        for node, shards in self._there.items():
+            if shards:
+                collect = self._combiners[node].collect.options(num_returns=1 + len(self.pieces))
+                asked[node] = collect.remote(step, attempt, len(self.pieces))
+        lost: set[int] = set()
+        for node, (there, *sums) in asked.items():
+            expected = self._there.pop(node)
+            try:
+                found = set(self.ray.get(there))
+            except RayError as error:
+                self.say(f"the sum of a node was lost ({first_line(error)}); its shards are computed again")
+                del self._combiners[node]
+                found = set()
+            lost |= expected - found
+            if found:
+                self.add(step, attempt, sorted(found), sums, None)
+        return lost
+
+    def redo(self, step: int, attempt: int, exceeding: Iterable[int]) -> None:
+        """Begin the step again with coarser exponents."""
+        self._there.clear()
+        self.broadcast = tuple(actor.redo.remote(step, attempt, sorted(exceeding)) for actor in self._actors)
+
+    def apply(self, step: int) -> Later:
+        """Take the outer step; its report may be waited for."""
+        squares = [actor.squares.remote(step) for actor in self._actors] if len(self._actors) > 1 else []
+        applied = [actor.apply.options(num_returns=2).remote(step, *squares) for actor in self._actors]
+        self.broadcast = tuple(broadcast for _, broadcast in applied)
+        acks, self._acks = self._acks, []
+
+        def later() -> Report:
+            from ray.exceptions import RayError
+
+            try:
+                self.ray.get(acks)
+                found = _joined(self.ray.get([report for report, _ in applied]))
+            except RayError as error:
+                raise aggregator_lost(error, f"step {step}: ") from error
+            if found.missing:
+                raise AggregatorLost(f"step {step}: shards {found.missing} did not reach the aggregator")
+            return found
+
+        return later
+
+    def snapshot(self) -> Callable[[], Snapshot]:
+        """The state between two steps; calling what is returned waits for it."""
+        taken = [actor.snapshot.remote() for actor in self._actors]
+
+        def later() -> Snapshot:
+            from ray.exceptions import RayError
+
+            try:
+                return joined(self.pieces, self.ray.get(taken))
+            except RayError as error:
+                raise aggregator_lost(error) from error
+
+        return later
+
+    def _combiner(self, node: str) -> Any:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+        return self.ray.remote(Combiner).options(num_cpus=0, max_restarts=0, scheduling_strategy=there).remote()
+
+
+def _joined(reports: Sequence[Report]) -> Report:
+    """The report of a step from those of all pieces; the first has the scalars."""
+    return reports[0]._replace(
+        finite=all(report.finite for report in reports),
+        missing=tuple(sorted({shard for report in reports for shard in report.missing})),
+    )
+
+
+def aggregator_lost(error: Exception, where: str = "") -> Exception:
+    """What a failed call to the aggregator means: it died; or it has a defect, and would have it again."""
+    from ray.exceptions import RayError, RayTaskError
+
+    defect = isinstance(error, RayTaskError) and not isinstance(error.cause, RayError)
+    return error if defect else AggregatorLost(f"{where}the aggregator was lost: {first_line(error)}")
+
+
+def first_line(error: BaseException) -> str:
+    """What a person needs of an error of Ray's."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and "creation task" in lines[0]:  # Ray puts the cause last
+        return lines[-1]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,94 @@
+"""θ in pieces, one for each aggregator of a run: cut between tensors, in name order.
+
+Every tensor is summed and moved by one aggregator alone, exactly as by the only one, and what
+they need of each other, the norm of the whole gradient, is added in name order. So the
+number of pieces changes no bit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import numpy as np
+
+from metadist.engine.engine import Blueprint
+from metadist.engine.layout import Layout
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Names of θ and state, their layouts, and where they lie in the whole run's flat buffers.
+
+    tensors: indices of its summed tensors among those of the run, int64.
+    """
+
+    theta: tuple[str, ...]
+    state: tuple[str, ...]
+    values: Layout
+    sums: Layout
+    tensors: np.ndarray
+    values_at: tuple[slice, ...]
+    sums_at: tuple[slice, ...]
+
+    def part(self, q: np.ndarray) -> np.ndarray:
+        """Its part of a sum [total] of the run."""
+        parts = [q[span] for span in self.sums_at]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+@lru_cache(maxsize=8)
+def cut(blueprint: Blueprint, pieces: int) -> tuple[Piece, ...]:
+    """At most `pieces` pieces of about the same size, each with a tensor of θ; the scalars belong to the first."""
+    theta = _runs(Layout.of(blueprint.theta), min(pieces, len(blueprint.theta)))
+    state = _runs(Layout.of(blueprint.state), len(theta))
+    scalars = [name for name in blueprint.sums.names if name.startswith("metric.")]
+    found = []
+    for number, (own, moved) in enumerate(zip(theta, state, strict=True)):
+        summed = {f"gradient.{name}" for name in own} | {f"statistics.{name}" for name in moved}
+        summed |= set(scalars) if number == 0 else set()
+        names, kept = blueprint.sums.names, {*own, *moved}
+        found.append(
+            Piece(
+                own, moved, blueprint.values.only(kept), blueprint.sums.only(summed),
+                np.array([index for index, name in enumerate(names) if name in summed], dtype=np.int64),
+                blueprint.values.spans(kept), blueprint.sums.spans(summed),
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def assembled(pieces: Sequence[Piece], parts: Sequence[np.ndarray], total: int) -> np.ndarray:
+    """The flat buffer [total] of θ and state from that of every piece."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = np.empty(total, dtype=parts[0].dtype)
+    for piece, part in zip(pieces, parts, strict=True):
+        start = 0
+        for span in piece.values_at:
+            whole[span] = part[start : start + span.stop - span.start]
+            start += span.stop - span.start
+    return whole
+
+
+def gathered_exponents(pieces: Sequence[Piece], parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The exponents of all summed tensors from those of every piece."""
+    whole = np.empty(sum(len(part) for part in parts), dtype=np.int64)
+    for piece, part in zip(pieces, parts, strict=True):
+        whole[piece.tensors] = part
+    return whole
+
+
+def _runs(layout: Layout, pieces: int) -> list[tuple[str, ...]]:
+    """The names in `pieces` runs of neighbours: each begins where its share of the elements does."""
+    ends = list(accumulate(layout.sizes))
+    runs: list[tuple[str, ...]] = []
+    first, names = 0, layout.names
+    for number in range(pieces):
+        last = len(names) - (pieces - 1 - number)  # one is left for each run to come
+        share = layout.total * (number + 1) / pieces
+        end = next((i for i in range(first, last) if ends[i] >= share), last - 1) + 1 if last > first else first
+        end = len(names) if number == pieces - 1 else end
+        runs.append(names[first:end])
+        first = end
+    return runs

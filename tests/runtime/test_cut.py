@@ -1,0 +1,129 @@
+"""θ in pieces: every tensor in one of them, and the same bits as whole."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metadist.config import Config, resolve
+from metadist.engine.engine import Blueprint
+from metadist.runtime.aggregator import Aggregator, Snapshot, joined
+from metadist.runtime.combiner import Combiner
+from metadist.runtime.cut import assembled, cut, gathered_exponents
+
+IMAGE, SHARDS, STEPS = (1, 16, 16), 4, 4
+STATEFUL = ("model.name=conv4", "model.layers=2", "model.width=4", "model.statistics=running", "task.transductive=false")
+"""A network with running statistics: state beside θ."""
+
+
+@pytest.fixture(scope="module")
+def config(tiny: Callable[..., Config]) -> Config:
+    made = resolve(tiny(*STATEFUL, "outer.clip=0.01", "outer.weight_decay=0.1", "outer.optimizer=adamw"))
+    assert Blueprint(made, IMAGE).state, "there is state to cut"
+    return made
+
+
+def sums(config: Config, step: int, shard: int) -> np.ndarray:
+    size = Blueprint(config, IMAGE).sums.total
+    return np.random.default_rng([step, shard]).integers(-(2**40), 2**40, size)
+
+
+def trained(config: Config, pieces: int, first: int = 0, snapshot: Snapshot | None = None) -> Snapshot:
+    """The state after steps first … STEPS−1, by that many aggregators."""
+    parts = cut(Blueprint(config, IMAGE), pieces)
+    several = [Aggregator(config, IMAGE, snapshot, 0, number, pieces) for number in range(len(parts))]
+    for step in range(first, STEPS):
+        for shard in range(SHARDS):
+            q = sums(config, step, shard)
+            assert all(one.add(step, 0, [shard], part.part(q)) for one, part in zip(several, parts, strict=True))
+        squares = [one.squares(step) for one in several]
+        reports = [one.apply(step, *squares)[0] for one in several]
+        assert len({report.grad_norm for report in reports}) == 1, "all clip by the same norm"
+    return joined(parts, [one.snapshot() for one in several])
+
+
+def assert_same(one: Snapshot, other: Snapshot) -> None:
+    assert one.step == other.step
+    assert np.array_equal(one.exponents, other.exponents)
+    for a, b in ((one.values, other.values), (one.memory, other.memory)):
+        assert a.keys() == b.keys()
+        assert all(a[name].tobytes() == b[name].tobytes() for name in a)
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 5, 100])
+def test_pieces_give_the_bits_of_the_whole(pieces: int, config: Config) -> None:
+    assert_same(trained(config, 1), trained(config, pieces))
+
+
+def test_a_checkpoint_of_pieces_is_gone_on_with_by_others(config: Config) -> None:
+    half = trained(config.with_values(), 3)
+    assert half.step == STEPS
+    begun = trained(config, 1)
+    for pieces in (1, 2):
+        continued = Aggregator(config, IMAGE, half, 0, 0, pieces)
+        assert continued.step == STEPS
+    again = [Aggregator(config, IMAGE, half, 0, number, 2).snapshot() for number in range(2)]
+    assert_same(joined(cut(Blueprint(config, IMAGE), 2), again), begun)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 7, 100])
+def test_every_tensor_is_in_one_piece(pieces: int, config: Config) -> None:
+    blueprint = Blueprint(config, IMAGE)
+    parts = cut(blueprint, pieces)
+    assert len(parts) == min(pieces, len(blueprint.theta))
+    assert [name for part in parts for name in part.theta] == sorted(blueprint.theta), "in name order"
+    assert sorted(name for part in parts for name in part.state) == sorted(blueprint.state)
+    assert sorted(np.concatenate([part.tensors for part in parts]).tolist()) == list(range(len(blueprint.sums.names)))
+    if pieces == 2:
+        sizes = [part.sums.total for part in parts]
+        assert max(sizes) < 0.8 * sum(sizes), "of about the same size"
+    q = np.arange(blueprint.sums.total)
+    assert sorted(np.concatenate([part.part(q) for part in parts]).tolist()) == q.tolist()
+    values = np.arange(blueprint.values.total)
+    own = [np.concatenate([values[span] for span in part.values_at]) for part in parts]
+    assert np.array_equal(assembled(parts, own, values.size), values)
+    exponents = np.arange(len(blueprint.sums.names))
+    assert np.array_equal(gathered_exponents(parts, [exponents[part.tensors] for part in parts]), exponents)
+
+
+def test_a_piece_without_all_shards_moves_nothing(config: Config) -> None:
+    part = cut(Blueprint(config, IMAGE), 2)[1]
+    one = Aggregator(config, IMAGE, None, 0, 1, 2)
+    one.add(0, 0, [0, 2], part.part(sums(config, 0, 0)))
+    before = one.broadcast().values.tobytes()
+    assert one.squares(0) == []
+    assert one.apply(0, [], [])[0].missing == (1, 3)
+    assert one.broadcast().values.tobytes() == before
+
+
+def test_an_exceeded_bound_makes_its_own_tensors_coarser(config: Config) -> None:
+    """Indices are those of the run; a piece knows which are its own."""
+    blueprint = Blueprint(config, IMAGE)
+    parts = cut(blueprint, 3)
+    exceeding = [0, len(blueprint.sums.names) - 1]
+    whole = Aggregator(config, IMAGE).redo(0, 0, exceeding).exponents
+    own = [Aggregator(config, IMAGE, None, 0, k, 3).redo(0, 0, exceeding).exponents for k in range(3)]
+    assert np.array_equal(gathered_exponents(parts, own), whole)
+
+
+@given(st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=3, unique=True), max_size=20), st.randoms())
+@settings(max_examples=50, deadline=None)
+def test_the_sum_of_a_node_holds_every_shard_once(calls: list[list[int]], random: object) -> None:
+    """Whatever comes twice: what is in the sum is what it says."""
+    combiner, q = Combiner(), np.random.default_rng(0).integers(-(2**40), 2**40, (8, 5))
+    taken: set[int] = set()
+    for shards in calls:
+        fits = taken.isdisjoint(shards)
+        assert combiner.add(3, 0, shards, q[shards].sum(0), q[shards].sum(0) * 2) is fits
+        taken |= set(shards) if fits else set()
+        assert combiner.add(2, 5, [0], q[0], q[0]) is (not taken), "of an earlier step"
+        if not taken:
+            combiner = Combiner()
+    there, *totals = combiner.collect(3, 0, 2)
+    assert set(there) == taken
+    if taken:
+        assert np.array_equal(totals[0], q[sorted(taken)].sum(0))
+        assert np.array_equal(totals[1], 2 * totals[0])
+    assert combiner.collect(4, 0, 2)[0] == ()
