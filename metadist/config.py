@@ -50,6 +50,9 @@ class Data(Tree):
     name: str | list[Source] = Field("glyphs", description="a data set, or a list of {name, weight, root, split}")
     root: str | None = Field(None, description="folder that holds the raw files; downloaded without it")
     split: str | None = Field(None, description="named split into meta-train, meta-val and meta-test classes")
+    shared: str | None = Field(
+        None, description="folder or URI (s3://, gs://) from which other hosts take the built tables; else each builds"
+    )
 
     @model_validator(mode="after")
     def _a_list_names_its_own(self) -> "Data":
@@ -170,6 +173,7 @@ class Cluster(Tree):
         "flat",
         description="flat: workers' sums go straight to the aggregators; tree: they are added on each node first",
     )
+    ship: bool = Field(True, description="send this package's code to the hosts of another's cluster")
     linger: NonNegative = Field(
         600.0, description="seconds that aggregators on another's cluster outlive their driver, for --resume; 0: none"
     )
@@ -492,7 +496,7 @@ def _visible_gpus() -> int:
 
 # --- what a resume may change --------------------------------------------------
 
-FREE_ON_RESUME = ("cluster", "checkpoint", "eval", "tracking", "data.root")
+FREE_ON_RESUME = ("cluster", "checkpoint", "eval", "tracking", "data.root", "data.shared")
 """Keys and sections that do not touch the meta-parameters; `outer.steps` joins them without a schedule."""
 
 

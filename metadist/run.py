@@ -9,6 +9,7 @@ import numpy as np
 
 from metadist import __version__
 from metadist.config import Config, apply_overrides, refuse_changed_mathematics, resolve, validate
+from metadist.data.shared import check_shared, offer
 from metadist.data.sources import check as check_source
 from metadist.data.sources import prepare
 from metadist.data.table import Table
@@ -123,9 +124,14 @@ def checked_tables(config: Config, say: Callable[[str], None]) -> list[Table]:
         check_source(source)
     settle(config.engine) if config.cluster.most == 0 else settle(config.engine.model_copy(update={"device": "cpu"}))
     _check_gpus(config)
+    if config.data.shared:
+        check_shared(config.data.shared)
     tables = [prepare(source, say) for source in config.data.sources]
     training_tasks(config, tables, "cpu")
     check_evaluation(config, tables)
+    if config.data.shared:
+        for table in tables:
+            offer(table, config.data.shared)
     return tables
 
 

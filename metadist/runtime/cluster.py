@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 from metadist.config import Cluster
@@ -58,11 +59,20 @@ def connect(cluster: Cluster) -> tuple[Any, bool]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray Client warns before it raises the same
-            ray.init(address=cluster.address, namespace="metadist", **quiet)  # type: ignore[arg-type]
+            ray.init(address=cluster.address, namespace="metadist", runtime_env=_shipped(cluster), **quiet)  # type: ignore[arg-type]
     except (ConnectionError, RuntimeError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
         raise ClusterError(f"cluster.address: no Ray cluster answers at {cluster.address}: {line}") from error
     return ray, True
+
+
+def _shipped(cluster: Cluster) -> dict[str, Any] | None:
+    """This package as it is here, for hosts that have none or another version; a submitted job has brought it."""
+    if not cluster.ship or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return None
+    import metadist
+
+    return {"py_modules": [str(Path(metadist.__file__).parent)], "excludes": ["__pycache__"]}
 
 
 def disconnect() -> None:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metadist.config import Config
+from metadist.config import Config, Source
+from metadist.data.shared import fetch
 from metadist.data.sources import prepare
 from metadist.data.table import Table, open_table
 from metadist.engine.engine import Engine
@@ -52,11 +53,14 @@ class Receipt(NamedTuple):
 
 
 def open_tables(config: Config, paths: Sequence[str]) -> list[Table]:
-    """The run's tables: those the driver built where this machine has them, else built here."""
-    return [
-        open_table(Path(path)) if Path(path).exists() else prepare(source)
-        for source, path in zip(config.data.sources, paths, strict=True)
-    ]
+    """The run's tables: those the driver built where this machine has them, else shared ones, else built here."""
+
+    def one(source: Source, path: Path) -> Table:
+        if path.exists():
+            return open_table(path)
+        return fetch(path.name, config.data.shared) if config.data.shared else prepare(source)
+
+    return [one(source, Path(path)) for source, path in zip(config.data.sources, paths, strict=True)]
 
 
 class Worker:

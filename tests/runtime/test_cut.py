@@ -14,7 +14,13 @@ from metadist.runtime.combiner import Combiner
 from metadist.runtime.cut import assembled, cut, gathered_exponents
 
 IMAGE, SHARDS, STEPS = (1, 16, 16), 4, 4
-STATEFUL = ("model.name=conv4", "model.layers=2", "model.width=4", "model.statistics=running", "task.transductive=false")
+STATEFUL = (
+    "model.name=conv4",
+    "model.layers=2",
+    "model.width=4",
+    "model.statistics=running",
+    "task.transductive=false",
+)
 """A network with running statistics: state beside θ."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+import metadist
 from metadist.run import resume
 from metadist.runtime.run_folder import RunFolder, run_name
 
@@ -92,6 +93,33 @@ def test_nobody_comes(
 ) -> None:
     killed("cluster.linger=3")
     wait_until(lambda: not find_processes(cluster.pid, "ray::Aggregator"), 30, "the end of the aggregator")
+
+
+def test_the_code_goes_to_the_workers(
+    start_cli: Callable[..., Any], tiny_job: Path, cluster: Any, tmp_path: Path, find_processes: Any,
+    wait_until: Callable[..., Any],
+) -> None:  # fmt: skip
+    """The package of the one who starts the run, whatever the hosts have; not where `cluster.ship` is off."""
+
+    def modules(*overrides: str) -> list[str]:
+        driver = start_cli(
+            "train", tiny_job, "outer.steps=100000", "cluster.workers=1", f"cluster.address={cluster.address}",
+            *overrides, "--run-dir", tmp_path / f"run{len(overrides)}", joins=True,
+        )  # fmt: skip
+        (pid,) = wait_until(lambda: find_processes(cluster.pid, "ray::Worker"), 90, "a worker")
+        places = (Path("/proc") / str(pid) / "environ").read_bytes().decode().split("\0")
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        wait_until(lambda: not find_processes(cluster.pid, "ray::Worker"), 30, "the end of the worker")
+        found = next((place for place in places if place.startswith("PYTHONPATH=")), "=")
+        return [path for path in found.partition("=")[2].split(":") if "py_modules" in path]
+
+    (shipped,) = modules()
+    there, here = Path(shipped) / "metadist", Path(metadist.__file__).parent
+    assert {path.relative_to(there) for path in there.rglob("*.py")} == {
+        path.relative_to(here) for path in here.rglob("*.py")
+    }
+    assert modules("cluster.ship=false") == []
 
 
 def test_a_copied_folder_is_no_heir(tmp_path: Path, tiny: Callable[..., Any]) -> None:

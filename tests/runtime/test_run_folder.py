@@ -11,7 +11,7 @@ import pytest
 
 from metadist.config import Config, resolve
 from metadist.errors import RunError
-from metadist.runtime.run_folder import RunFolder, run_name, fresh_name
+from metadist.runtime.run_folder import RunFolder, fresh_name, run_name
 
 HOLD = """
 import fcntl, os, sys, time
