@@ -3,14 +3,15 @@
 from collections.abc import Callable
 
 import torch
+from inner_loop_checks import check_queries_are_independent as check_queries
+from inner_loop_checks import learns_clusters
+from inner_loop_checks import prepared as prepared_for
 from plain_reference import Named, config_of, episodes_of, method, one_of, parameters, relative
 from torch import Tensor
 
-from metadist.algorithms import for_evaluation, for_training
-from metadist.algorithms.objective import CLASSIFICATION
+from metadist.algorithms import for_evaluation
 from metadist.config import Config
-from metadist.engine.engine import Blueprint
-from metadist.engine.shard import judge_vectorised, loop, vectorised
+from metadist.engine.shard import loop, vectorised
 from metadist.tasks.episode import Episode, Examples
 
 IMAGES = {"stride2": (1, 15, 14), "conv4": (2, 19, 17), "conv4-fc": (1, 16, 16), "mlp": (1, 5, 4)}
@@ -64,29 +65,12 @@ def error_of_sums(
 
 def prepared(config: Config, model: str):
     """The method as it is judged, θ, state and one episode."""
-    theta, state = parameters(config, IMAGES[model])
-    algorithm = for_evaluation(config, IMAGES[model])
-    seen = one_of(episodes_of(config, IMAGES[model], seed=9), 0)
-    if state:  # as training would have left it
-        plain = for_training(config, IMAGES[model])
-        state = {n: 1.1 * v for n, v in plain.task_loss(theta, state, seen, config.task.ways, 0).statistics.items()}
-    return algorithm, theta, state, one_of(episodes_of(config, IMAGES[model]), 0)
+    return prepared_for(config, IMAGES[model])
 
 
 def check_queries_are_independent(config: Config, model: str) -> None:
     """Another order permutes the answers; non-transductively the other queries do not matter at all."""
-    algorithm, theta, state, (support, query, *_) = prepared(config, model)
-    predict = algorithm.adapt(theta, state, support, config.task.ways)
-    together = predict(query.x)
-    order = torch.randperm(len(query.y), generator=torch.Generator().manual_seed(5))
-    assert (predict(query.x[order]) - together[order]).abs().max() < 1e-10
-    alone = torch.cat([predict(one[None]) for one in query.x])
-    among_others = predict(torch.cat([query.x[:2], 5 + 3 * query.x]))[:2]
-    if config.task.transductive:  # the other assertions could fail
-        assert (alone - together).abs().max() > 1e-4
-    else:
-        assert (alone - together).abs().max() < 1e-10
-        assert (among_others - together[:2]).abs().max() < 1e-10
+    check_queries(config, IMAGES[model])
 
 
 def check_classes_have_no_names(config: Config, model: str) -> None:
@@ -109,44 +93,6 @@ def moved_by_reordering_the_support_set(config: Config, model: str) -> float:
 
 # --- learning ------------------------------------------------------------------
 
-SIGNAL, NUISANCE = 4, 12
-
-
-def tiny_episodes(tasks: int, ways: int, shots: int, queries: int, seed: int) -> Episode:
-    """A class is a point of 4 numbers; an example is that point and 12 louder numbers that say nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    each = shots + queries
-    points = torch.randn(tasks, 1, ways, SIGNAL, generator=generator).expand(-1, each, -1, -1)
-    points = points + 0.2 * torch.randn(points.shape, generator=generator)
-    noise = 1.5 * torch.randn(tasks, each, ways, NUISANCE, generator=generator)
-    x = torch.cat([points, noise], -1).view(tasks, each * ways, 1, 4, 4)
-    y = torch.arange(ways).repeat(each).expand(tasks, -1)
-    cut = shots * ways
-    return Episode(
-        Examples(x[:, :cut], y[:, :cut]),
-        Examples(x[:, cut:], y[:, cut:]),
-        torch.arange(ways).expand(tasks, -1),
-        torch.arange(tasks),
-    )
-
-
 def learned(algorithm: dict[str, object], steps: int = 150, lr: float = 5e-3) -> tuple[float, float]:
     """Accuracy on 200 new tasks before and after meta-training; 5-way 1-shot, 3 queries per class."""
-    raw = {"model": {"name": "mlp", "width": 32}, "task": {"ways": 5, "queries": 3}, "algorithm": algorithm}
-    config = config_of(**raw, engine={"dtype": "float32"})
-    blueprint = Blueprint(config, (1, 4, 4))
-    theta = {name: value.clone().requires_grad_() for name, value in blueprint.theta.items()}
-    optimizer, train = torch.optim.Adam(theta.values(), lr), for_training(config, (1, 4, 4))
-    judged, new = for_evaluation(config, (1, 4, 4)), tiny_episodes(200, 5, 1, 3, seed=10_000)
-
-    def score() -> float:
-        values = {name: value.detach() for name, value in theta.items()}
-        return float(judge_vectorised(judged, CLASSIFICATION, values, {}, new, 5)["score"].mean())
-
-    before = score()
-    for step in range(steps):
-        sums = vectorised(train, theta, {}, tiny_episodes(16, 5, 1, 3, seed=step), 5, step)
-        for name, value in theta.items():
-            value.grad = sums[f"gradient.{name}"] / 16
-        optimizer.step()
-    return before, score()
+    return learns_clusters(algorithm, how="together", steps=steps, lr=lr)
