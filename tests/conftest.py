@@ -54,7 +54,9 @@ def one_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if "METADIST_CACHE" in os.environ:
         yield Path(os.environ["METADIST_CACHE"])
         return
-    folder = tmp_path_factory.getbasetemp() / "metadist-cache"
+    base = tmp_path_factory.getbasetemp()
+    # The processes of a test run have a folder each below that of the run.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "metadist-cache"
     os.environ["METADIST_CACHE"] = str(folder)
     yield folder
     del os.environ["METADIST_CACHE"]
