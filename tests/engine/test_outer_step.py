@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from metadist.config import Outer
-from metadist.runtime.outer import STATE_MOMENTUM, OuterStep, learning_rate, moved_state
+from metadist.engine.outer import STATE_MOMENTUM, OuterStep, learning_rate, moved_state
 
 OPTIMIZERS = {
     "adam": ({"optimizer": "adam", "weight_decay": 0.01}, lambda p: torch.optim.Adam(p, 0.05, weight_decay=0.01)),
