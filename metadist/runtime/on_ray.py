@@ -19,6 +19,7 @@ from metadist.runtime import preemption
 from metadist.runtime.aggregator import Aggregator, Report, Snapshot
 from metadist.runtime.cluster import check_resources, connect, disconnect, reserved, room
 from metadist.runtime.dispatcher import Dispatcher
+from metadist.runtime.lanes import Lanes, carried
 from metadist.runtime.runtime import AggregatorLost, Counts, Later, NotFinite, Say
 from metadist.runtime.worker import Introduction, Receipt, Worker
 from metadist.tasks.samplers import training_tasks
@@ -72,9 +73,10 @@ class OnRay:
         self._group: Any = None
         self._places: list[int] = []
         self._place_of: dict[str, int] = {}
-        self._dispatcher: Dispatcher[Item] = Dispatcher(config.cluster.backup)
+        self._at: dict[int, str] = {}
+        self._dispatcher: Dispatcher[Item] = Dispatcher(config.cluster.backup, near=self._near)
         self._size = config.shard
-        self._per_step = config.task.meta_batch // config.shard
+        self._per_step = config.lanes
         try:
             check_resources(self.ray, config.cluster)
             self._start_aggregator(snapshot)
@@ -87,8 +89,10 @@ class OnRay:
             raise
 
     def _start_aggregator(self, snapshot: Snapshot | None) -> None:
+        self._lanes: Lanes[Any] = Lanes(self.ray.put(lane) for lane in carried(self.config, snapshot))
         actor = self.ray.remote(Aggregator).options(num_cpus=0, max_restarts=0)
-        self._aggregator = actor.remote(self.config, self._shape, snapshot, self._classes)
+        values = snapshot and snapshot._replace(lanes=())
+        self._aggregator = actor.remote(self.config, self._shape, values, self._classes)
         self._broadcast = self._aggregator.broadcast.remote()
 
     # --- workers -------------------------------------------------------------
@@ -200,8 +204,11 @@ class OnRay:
             together = [item for item in items if isinstance(item, Shard)]
             if together:
                 step, attempt, shards = together[0].step, together[0].attempt, [item.shard for item in together]
-                receipt, q = actor.compute.options(num_returns=2).remote(self._broadcast, step, attempt, shards)
-                self._calls[receipt] = (name, items, q)
+                lanes = self._lanes.of(shards)
+                receipt, *sent = actor.compute.options(num_returns=2 + len(lanes)).remote(
+                    self._broadcast, step, attempt, shards, *lanes
+                )
+                self._calls[receipt] = (name, items, sent)
             for item in items:
                 if isinstance(item, Judgement):
                     assert judged is not None
@@ -209,7 +216,10 @@ class OnRay:
                     self._calls[found] = (name, (item,), None)
 
     def _events(self) -> list[tuple[str, tuple[Item, ...], Any, Any]]:
-        """Results that came in, after a second at most: (worker, items, receipt or judgement, the sum's reference)."""
+        """Results that came in, after a second at most.
+
+        (worker, items, receipt or judgement, references to the sum and to the lanes afterwards)
+        """
         from ray.exceptions import RayActorError, RayError, RayTaskError
 
         waiting = [*self._calls, *self._arriving]
@@ -228,8 +238,9 @@ class OnRay:
             except RayTaskError as error:
                 if isinstance(error.cause, MetadistError):
                     raise error.cause from error
-                if isinstance(error.cause, RayError):  # θ_t, its argument, was lost with the aggregator
-                    raise AggregatorLost(f"the aggregator was lost: {_first_line(error.cause)}") from error
+                if isinstance(error.cause, RayError):  # θ_t or a lane, its arguments, was lost with where it was
+                    what = "the aggregator or a lane" if self._lanes.states else "the aggregator"
+                    raise AggregatorLost(f"{what} was lost: {_first_line(error.cause)}") from error
                 raise
             except RayActorError as error:
                 self._arriving.pop(ref, None)
@@ -243,8 +254,8 @@ class OnRay:
                 del self._arriving[ref]
                 self._arrived(name, value)
             else:
-                _, items, q = self._calls.pop(ref)
-                results.append((name, items, value, q))
+                _, items, sent = self._calls.pop(ref)
+                results.append((name, items, value, sent))
                 self._deaths = 0
         return results
 
@@ -265,9 +276,9 @@ class OnRay:
     def finish(self, step: int) -> None:
         while self._dispatcher.open:
             preemption.check()
-            for name, items, receipt, q in self._events():
+            for name, items, receipt, sent in self._events():
                 if isinstance(receipt, Receipt):
-                    self._take(step, name, [item for item in items if isinstance(item, Shard)], receipt, q)
+                    self._take(step, name, [item for item in items if isinstance(item, Shard)], receipt, *sent)
             if not self._dispatcher.open and self._exceeding:
                 self._recomputed += self._per_step
                 self._broadcast = self._aggregator.redo.remote(step, self._attempt, sorted(self._exceeding))
@@ -275,7 +286,7 @@ class OnRay:
                 self._open_step(step)
             self._hand_out()
 
-    def _take(self, step: int, name: str, items: list[Shard], receipt: Receipt, q: Any) -> None:
+    def _take(self, step: int, name: str, items: list[Shard], receipt: Receipt, q: Any, *lanes: Any) -> None:
         """Count a worker's sum of some shards; all of it or, where some of them count already, nothing."""
         late = [item for item in items if item not in self._dispatcher.open]
         if late:
@@ -286,9 +297,11 @@ class OnRay:
         if not receipt.current:
             raise AggregatorLost(f"step {step}: the aggregator's parameters are of another step")
         self._exceeding.update(receipt.exceeding)
+        self._lanes.computed((item.shard for item in items), lanes)
         for item in items:
             if item.shard not in receipt.not_finite:
                 self._dispatcher.done(name, item)
+                self._at[item.shard] = name
                 continue
             self._recomputed += 1
             self._failures[item] = self._failures.get(item, 0) + 1
@@ -301,9 +314,14 @@ class OnRay:
             added = self._aggregator.add.remote(items[0].step, items[0].attempt, receipt.summed, q)
             self._acks.append(added)
 
+    def _near(self, item: Item) -> str | None:
+        """The worker that has what a lane carries, where lanes carry something."""
+        return self._at.get(item.shard) if self._lanes.states and isinstance(item, Shard) else None
+
     def apply(self, step: int) -> Later:
         report, self._broadcast = self._aggregator.apply.options(num_returns=2).remote(step)
         acks, self._acks = self._acks, []
+        self._lanes.advance()
 
         def later() -> Report:
             from ray.exceptions import RayError
@@ -321,16 +339,16 @@ class OnRay:
         return later
 
     def snapshot(self) -> Callable[[], Snapshot]:
-        taken = self._aggregator.snapshot.remote()
+        taken, lanes = self._aggregator.snapshot.remote(), list(self._lanes.states)
 
         def later() -> Snapshot:
             from ray.exceptions import RayError
 
             try:
                 found: Snapshot = self.ray.get(taken)
+                return found._replace(lanes=tuple(self.ray.get(lanes)))
             except RayError as error:
                 raise _aggregator_lost(error) from error
-            return found
 
         return later
 

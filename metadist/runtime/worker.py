@@ -1,7 +1,8 @@
 """A worker: samples its tasks, adapts to them and returns integer sums.
 
 A plain class. It runs in the driver's process or, unchanged, as a Ray actor. It keeps no
-state between calls, so that any worker can compute any shard.
+state between calls, so that any worker can compute any shard; what a lane carries from step to
+step comes in with the call and goes out with its result.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ import numpy as np
 from metadist.config import Config
 from metadist.data.sources import prepare
 from metadist.data.table import Table, open_table
-from metadist.engine.engine import Engine
+from metadist.engine.engine import Engine, Lane
 from metadist.engine.exact import first_exponents
 from metadist.engine.fingerprint import fingerprint
 from metadist.engine.hardware import hardware
@@ -89,22 +90,33 @@ class Worker:
         )
 
     def compute(
-        self, broadcast: Broadcast, step: int, attempt: int, shards: Sequence[int]
-    ) -> tuple[Receipt, np.ndarray]:
-        """Some shards of one step and their integer sum; nothing is computed from a broadcast of another step."""
+        self, broadcast: Broadcast, step: int, attempt: int, shards: Sequence[int], *lanes: Lane
+    ) -> tuple[Any, ...]:
+        """Some shards of one step: (receipt, their integer sum), and behind them the lanes afterwards.
+
+        lanes: what each shard carries, if they carry anything; with `outer.local` a shard is
+        a replica. Compressed, it is not their sum but their payloads, one behind the other.
+        Nothing is computed from a broadcast of another step.
+        """
         if (broadcast.step, broadcast.attempt) != (step, attempt):
-            return Receipt(os.getpid(), (), (), (), False), np.zeros(0, dtype=np.int64)
-        total, summed, not_finite, exceeding = None, [], [], set[int]()
-        for shard in shards:
-            part = self.engine.part(broadcast.values, broadcast.exponents, step, shard)
+            return Receipt(os.getpid(), (), (), (), False), np.zeros(0, dtype=np.int64), *lanes
+        parts, after, summed, not_finite, exceeding = [], [], [], [], set[int]()
+        for shard, lane in zip(shards, lanes or [{}] * len(shards), strict=True):
+            part, carried = self.engine.sent(broadcast.values, broadcast.exponents, step, shard, lane)
             if part.fits:
-                total = part.q if total is None else total + part.q
+                parts.append(part.q)
                 summed.append(shard)
             elif not part.finite:
                 not_finite.append(shard)
             exceeding.update(part.exceeding if part.finite else ())
+            after.append(carried)
         receipt = Receipt(os.getpid(), tuple(summed), tuple(not_finite), tuple(sorted(exceeding)), True)
-        return receipt, np.zeros(0, dtype=np.int64) if total is None else total
+        return receipt, self._together(parts), *after[: len(lanes)]
+
+    def _together(self, parts: list[np.ndarray]) -> np.ndarray:
+        if not parts:
+            return np.zeros(0, dtype=np.int64)
+        return sum(parts[1:], parts[0]) if self.engine.blueprint.compression is None else np.concatenate(parts)
 
     def judge(self, values: np.ndarray, judged: Config, split: str, first: int, tasks: int) -> dict[str, np.ndarray]:
         """Accuracy and loss of evaluation tasks first … first+tasks−1."""

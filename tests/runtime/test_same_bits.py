@@ -90,7 +90,7 @@ def test_a_call_of_which_one_shard_is_unusable(
                 bad, *rest = items
                 changed.append(bad)
                 shards = [item.shard for item in rest]
-                receipt, q = self._actors[name].compute.options(num_returns=2).remote(self._broadcast, 3, 0, shards)
+                receipt, *q = self._actors[name].compute.options(num_returns=2).remote(self._broadcast, 3, 0, shards)
                 results[number] = (name, items, self.ray.get(receipt)._replace(not_finite=(bad.shard,)), q)
         return results
 
