@@ -244,19 +244,39 @@ def test_any_number_of_workers(mode: str, workers: int, on_cluster: Make, calm: 
 
 @pytest.mark.cluster
 def test_a_killed_worker_and_a_lane_that_is_lost(
-    on_cluster: Make, calm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A worker dies with what it computes; then the object that a lane is goes, as with its node: back to step 12."""
-    from ray._private import internal_api
+    on_cluster: Make, calm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    wait_until: Callable[..., Any],
+) -> None:  # fmt: skip
+    """A worker dies with what it computes; later a lane's object is lost with the process that held it."""
+    import ray
 
     from metadist.runtime.on_ray import OnRay
+
+    @ray.remote(num_cpus=0)
+    class Holder:
+        def put(self, lane: Any) -> list[Any]:
+            return [ray.put(lane)]
+
+    def lost(lane: Any) -> Any:
+        holder = Holder.remote()
+        (held,) = ray.get(holder.put.remote(lane))
+        ray.kill(holder)
+        wait_until(lambda: is_gone(held), 30, "the loss")
+        return held
+
+    def is_gone(held: Any) -> bool:
+        try:
+            ray.get(held)
+        except ray.exceptions.ObjectLostError:
+            return True
+        return False
 
     real, done = OnRay.begin, set[int]()
 
     def begin(self: OnRay, step: int) -> None:
         if step == 14 and step not in done:
             done.add(step)
-            internal_api.free([self._lanes.states[1]])
+            self._lanes.states[1] = lost(self._lanes.states[1])
         real(self, step)
         if step == 6:
             os.kill(next(iter(self.pids.values())), signal.SIGKILL)
