@@ -12,7 +12,7 @@ import json
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_origin
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -82,7 +82,7 @@ class Task(Tree):
     ways: AtLeastTwo = Field(5, description="classes per episode")
     shots: Positive = Field(1, description="support examples per class")
     queries: Positive = Field(1, description="query examples per class")
-    meta_batch: Positive = Field(16, description="tasks per meta-step")
+    meta_batch: Positive = Field(16, description="tasks per meta-step; with outer.local of one replica")
     shard: Positive | Literal["auto"] = Field("auto", description="tasks per shard; part of the mathematics")
     within_group: bool = Field(False, description="draw all classes of an episode from one group (one alphabet)")
     rotate: bool = Field(False, description="turn each class of a training episode by a random multiple of 90 degrees")
@@ -104,29 +104,90 @@ class Model(Tree):
     )
 
 
-class Outer(Tree):
-    """The step of the meta-parameters."""
+TOPK = 0.01
+"""`outer.topk` of a run with topk that says nothing."""
 
-    steps: Positive = Field(1000, description="meta-steps")
+
+class Optimizer(Tree):
+    """A torch.optim optimizer and the schedule of its rate."""
+
+    steps: Positive
     optimizer: Literal["adam", "adamw", "sgd", "rmsprop"] = Field("adam", description="of torch.optim")
     lr: Rate = Field(1e-3, description="rate at the start of the schedule")
     momentum: Annotated[float, Field(ge=0, lt=1), Number] = Field(0.0, description="of sgd and rmsprop")
+    nesterov: bool = Field(False, description="Nesterov's form of sgd's momentum")
     weight_decay: NonNegative = Field(0.0, description="of the optimizer")
-    clip: Rate | None = Field(None, description="largest norm of the whole meta-gradient")
+    clip: Rate | None = Field(None, description="largest norm of the whole gradient")
     schedule: Literal["constant", "cosine", "linear", "halving"] = Field("constant", description="of the rate")
     final_lr: NonNegative = Field(0.0, description="rate at the end of a cosine or linear schedule")
     halve_every: Positive | None = Field(None, description="meta-steps between halvings of the halving schedule")
     warmup: Count = Field(0, description="meta-steps over which the rate rises linearly to lr")
 
+    section: ClassVar[str]
+
     @model_validator(mode="after")
-    def _schedule_has_its_keys(self) -> "Outer":
+    def _schedule_has_its_keys(self) -> "Optimizer":
+        here = self.section
         if (self.schedule == "halving") != (self.halve_every is not None):
-            raise ValueError("halve_every: goes with outer.schedule=halving, and only with it")
+            raise ValueError(f"halve_every: goes with {here}.schedule=halving, and only with it")
         if self.final_lr and self.schedule not in ("cosine", "linear"):
-            raise ValueError("final_lr: is read by outer.schedule=cosine or linear only")
+            raise ValueError(f"final_lr: is read by {here}.schedule=cosine or linear only")
         if self.momentum and self.optimizer not in ("sgd", "rmsprop"):
-            raise ValueError("momentum: is read by outer.optimizer=sgd or rmsprop only")
+            raise ValueError(f"momentum: is read by {here}.optimizer=sgd or rmsprop only")
+        if self.nesterov and not (self.optimizer == "sgd" and self.momentum):
+            raise ValueError(f"nesterov: is a form of momentum; valid with {here}.optimizer=sgd and a momentum above 0")
         return self
+
+    @property
+    def stretches(self) -> bool:
+        """Whether the rate of a meta-step depends on how many there are."""
+        return self.schedule in ("cosine", "linear")
+
+
+class Local(Optimizer):
+    """Meta-steps that replicas of θ take by themselves, each with an optimizer of its own (DiLoCo)."""
+
+    section = "outer.local"
+    steps: Positive = Field(description="H: local meta-steps of a replica between two averages")
+    replicas: Positive = Field(description="R: replicas of θ; part of the mathematics, whatever the number of workers")
+
+
+class Outer(Optimizer):
+    """The step of the meta-parameters."""
+
+    section = "outer"
+    steps: Positive = Field(1000, description="meta-steps; with local, averages of the replicas")
+    local: Local | None = Field(
+        None, description="replicas take {steps, replicas, optimizer, lr, …} meta-steps of task.meta_batch tasks each; "
+        "the optimizer of this section then moves θ by the mean of the differences"
+    )  # fmt: skip
+    compression: Literal["none", "bf16", "int8", "topk"] = Field(
+        "none", description="of what a shard, or a replica, sends; int8 and topk feed back what they left out"
+    )
+    topk: Annotated[float, Field(gt=0, le=1), Number] | None = Field(
+        None, description="of compression=topk: fraction of every tensor's elements that is sent; 0.01 without it"
+    )
+
+    @model_validator(mode="after")
+    def _compression_has_its_key(self) -> "Outer":
+        if self.topk is not None and self.compression != "topk":
+            raise ValueError(f"topk: is read by outer.compression=topk only, not by {self.compression}")
+        return self
+
+    @property
+    def fraction(self) -> float:
+        """Of the elements that topk sends."""
+        return TOPK if self.topk is None else self.topk
+
+    @property
+    def remembers(self) -> bool:
+        """Whether lanes carry something from one meta-step to the next: a replica's optimizer, or a residual."""
+        return self.local is not None or self.compression in ("int8", "topk")
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """By the section that holds it."""
+        return {each.section: each for each in (self, self.local) if each is not None}
 
 
 class Engine(Tree):
@@ -316,6 +377,22 @@ class Config(Tree):
         return default_shard(self.task.meta_batch) if self.task.shard == "auto" else self.task.shard
 
     @property
+    def lanes(self) -> int:
+        """Summands of an outer step: the shards of its meta-batch, or its replicas."""
+        return self.outer.local.replicas if self.outer.local else self.task.meta_batch // self.shard
+
+    @property
+    def averaged(self) -> int:
+        """What the sum of an outer step is divided by: its tasks, or its replicas."""
+        return self.outer.local.replicas if self.outer.local else self.task.meta_batch
+
+    @property
+    def step_tasks(self) -> int:
+        """Tasks of an outer step, those of all local meta-steps of all replicas."""
+        local = self.outer.local
+        return self.task.meta_batch * (local.steps * local.replicas if local else 1)
+
+    @property
     def kind(self) -> Literal["classification", "regression"]:
         """What the tasks ask for."""
         return "regression" if isinstance(self.data.name, str) and self.data.name in GENERATED else "classification"
@@ -503,7 +580,9 @@ FREE_ON_RESUME = ("cluster", "checkpoint", "eval", "tracking", "data.root", "dat
 def mathematics(config: Config) -> dict[str, Any]:
     """Dotted key → value of all that determines the final bits."""
     flat = dict(_flatten(config.model_dump(mode="json")))
-    free = FREE_ON_RESUME + (("outer.steps",) if config.outer.schedule in ("constant", "halving") else ())
+    free = FREE_ON_RESUME + (
+        () if any(each.stretches for each in config.outer.optimizers.values()) else ("outer.steps",)
+    )
     return {
         key: value
         for key, value in flat.items()

@@ -267,6 +267,7 @@ def _result(config: Config, tables: list[Table], runtime: Runtime, trainer: Trai
         "gpus": config.cluster.most * float(config.cluster.gpus),
         "hardware": runtime.hardware,
         "tasks_per_second": trainer.tasks_per_second,
+        "bytes_per_step": trainer.bytes_per_step,
         "test": tests[0] if tests else None,
         "also": tests[1:],
         "untrained": untrained,

@@ -68,6 +68,8 @@ def refusal(*words):
     ("algorithm.inner_step=3", "algorithm.inner_step", "algorithm.inner_steps"),
     ("outer.optimiser=sgd", "outer.optimiser", "outer.optimizer"),
     ("engine.thread=2", "engine.thread", "engine.threads"),
+    ("outer.compresion=int8", "outer.compresion", "outer.compression"),
+    ("outer.local={steps: 2, replicas: 2, replica: 3}", "outer.local.replica", "outer.local.replicas"),
     ("cluster.worker=2", "cluster.worker", "cluster.workers"),
     ("checkpoint.evry=2", "checkpoint.evry", "checkpoint.every"),
     ("eval.episode=2", "eval.episode", "eval.episodes"),
@@ -118,6 +120,11 @@ def test_an_unknown_key_in_also():
     ("algorithm.support_loss_weight=-0.1", "algorithm.support_loss_weight"),
     ("outer.lr=0", "outer.lr"), ("outer.steps=0", "outer.steps"), ("outer.momentum=1", "outer.momentum"),
     ("outer.clip=0", "outer.clip"), ("outer.schedule=step", "outer.schedule"),
+    ("outer.compression=zip", "outer.compression"), ("outer.nesterov=3", "outer.nesterov"),
+    ("outer.local=5", "outer.local"), ("outer.local.steps=2", "outer.local.replicas"),
+    ("outer.local={steps: 0, replicas: 2}", "outer.local.steps"),
+    ("outer.local={steps: 2, replicas: 0}", "outer.local.replicas"),
+    ("outer.local={steps: 2, replicas: 2, lr: 0}", "outer.local.lr"),
     ("engine.mode=fast", "engine.mode"), ("engine.device=tpu", "engine.device"), ("engine.dtype=half", "engine.dtype"),
     ("engine.threads=0", "engine.threads"), ("cluster.workers=-1", "cluster.workers"),
     ("cluster.gpus=-1", "cluster.gpus"), ("cluster.timeout=0", "cluster.timeout"),
@@ -173,6 +180,18 @@ def test_a_method_without_a_name():
     (["outer.halve_every=10"], "outer.halve_every", "outer.schedule=halving"),
     (["outer.final_lr=0.1"], "outer.final_lr", "cosine or linear"),
     (["outer.momentum=0.9"], "outer.momentum", "sgd or rmsprop"),
+    (["outer.nesterov=true", "outer.optimizer=sgd"], "outer.nesterov", "a momentum above 0"),
+    (["outer.nesterov=true", "outer.optimizer=rmsprop", "outer.momentum=0.9"], "outer.nesterov", "outer.optimizer=sgd"),
+    (["outer.topk=0.1"], "outer.topk", "outer.compression=topk only, not by none"),
+    (["outer.topk=0.1", "outer.compression=int8"], "outer.topk", "outer.compression=topk only, not by int8"),
+    (["outer.topk=0", "outer.compression=topk"], "outer.topk", "greater than 0"),
+    (["outer.topk=1.1", "outer.compression=topk"], "outer.topk", "less than or equal to 1"),
+    (["outer.local={steps: 2, replicas: 2, momentum: 0.9}"], "outer.local.momentum", "outer.local.optimizer=sgd"),
+    (["outer.local={steps: 2, replicas: 2, schedule: halving}"], "outer.local.halve_every", "outer.local.schedule"),
+    (
+        ["algorithm.name=scratch", "outer.local={steps: 2, replicas: 2, weight_decay: 0.1}"],
+        "outer.local.weight_decay", "valid is 0",
+    ),
     (["eval.finetune_steps=2"], "eval.finetune_steps", "maml has its own inner loop"),
     (["algorithm.name=protonet", "eval.inner_steps=2"], "eval.inner_steps", "protonet has no inner loop"),
     (["algorithm.name=reptile", "model.statistics=running"], "model.statistics", "valid is support"),
@@ -222,6 +241,8 @@ def test_combinations_that_are_possible():
     config_of("outer.schedule=halving", "outer.halve_every=10")
     config_of("outer.schedule=linear", "outer.final_lr=0.1")
     config_of("outer.optimizer=sgd", "outer.momentum=0.9")
+    config_of("outer.optimizer=sgd", "outer.momentum=0.9", "outer.nesterov=true")
+    config_of("outer.compression=topk", "outer.topk=1")
     config_of("algorithm.name=protonet", "eval.finetune_steps=2")
     config_of("model.statistics=running")
     assert [s.weight for s in config_of("data.name=[{name: glyphs}, {name: omniglot, weight: 3}]").data.sources] == [
@@ -437,6 +458,25 @@ def test_a_config_cannot_be_changed():
         Config().task.ways = 3
 
 
+LOCAL = "outer.local={steps: 5, replicas: 3, lr: 0.01}"
+
+
+def test_what_local_meta_steps_count():
+    plain, local = (config_of("task.meta_batch=8", "task.shard=2", *words) for words in ([], [LOCAL]))
+    assert (plain.lanes, plain.averaged, plain.step_tasks) == (4, 8, 8)
+    assert (local.lanes, local.averaged, local.step_tasks) == (3, 3, 5 * 3 * 8)
+    assert local.outer.local.optimizer == "adam"
+    assert resolve(validate(yaml.safe_load(to_yaml(local)), "again")) == resolve(local)
+
+
+@pytest.mark.parametrize(("words", "remembers"), [
+    ([], False), (["outer.compression=bf16"], False), (["outer.compression=int8"], True),
+    (["outer.compression=topk"], True), ([LOCAL], True),
+])  # fmt: skip
+def test_which_lanes_remember(words, remembers):
+    assert config_of(*words).outer.remembers is remembers
+
+
 # --- resuming ------------------------------------------------------------------
 
 
@@ -448,6 +488,7 @@ def test_a_config_cannot_be_changed():
     ("engine.dtype=float64", "engine.dtype"),
     ("data.name=omniglot", "data.name"), ("data.split=x", "data.split"), ("data.name=[{name: glyphs}]", "data.name"),
     ("task.meta_batch=32", "task.meta_batch"), ("task.transductive=false", "task.transductive"),
+    ("outer.compression=int8", "outer.compression"), ("outer.local={steps: 2, replicas: 2}", "outer.local"),
 ])  # fmt: skip
 def test_a_resume_keeps_the_mathematics(word, key):
     before = resolve(Config())
@@ -473,6 +514,7 @@ def test_what_a_resume_may_change(words):
 @pytest.mark.parametrize(("schedule", "free"), [
     (["outer.schedule=constant"], True), (["outer.schedule=halving", "outer.halve_every=9"], True),
     (["outer.schedule=cosine"], False), (["outer.schedule=linear"], False),
+    ([LOCAL], True), (["outer.local={steps: 5, replicas: 3, schedule: cosine}"], False),
 ])  # fmt: skip
 def test_steps_may_change_where_no_schedule_depends_on_them(schedule, free):
     before, after = resolve(config_of(*schedule)), resolve(config_of(*schedule, "outer.steps=5000"))

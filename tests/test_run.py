@@ -50,7 +50,7 @@ def test_the_result(tiny_run: Any) -> None:
     assert result == tiny_run.result
     kinds = {
         "theta_sha256": str, "meta_steps": int, "steps_recomputed": int, "workers": int, "shards_by_worker": dict,
-        "device": str, "tasks_per_second": float, "wall_seconds": float,
+        "device": str, "tasks_per_second": float, "wall_seconds": float, "bytes_per_step": float,
         "hardware": dict, "gpus": float, "test": dict, "untrained": dict,
         "reproducible": bool, "versions": dict, "numeric_fingerprint": dict, "data_fingerprint": str,
     }  # fmt: skip
@@ -106,7 +106,7 @@ def test_theta_is_of_the_last_step_and_the_best_is_kept_beside_it(tiny_run: Any)
 def test_the_metrics(tiny_run: Any) -> None:
     table = pq.read_table(tiny_run.folder / "metrics.parquet").to_pydict()
     assert table["step"] == list(range(1, 13))
-    for name in ("loss", "accuracy", "grad_norm", "lr", "tasks_per_second", "seconds", "time"):
+    for name in ("loss", "accuracy", "grad_norm", "lr", "tasks_per_second", "seconds", "time", "bytes"):
         assert np.isfinite(table[name]).all(), name
     validated = [step for step, value in zip(table["step"], table["val_accuracy"], strict=True) if value is not None]
     assert validated == [6, 12]

@@ -1,6 +1,6 @@
 """All that one process needs to compute shards of one run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,18 +11,24 @@ from metadist.algorithms.algorithm import Algorithm
 from metadist.algorithms.objective import OBJECTIVES
 from metadist.config import Config
 from metadist.data.table import Table
+from metadist.engine.compression import Compression
 from metadist.engine.device import settle
 from metadist.engine.exact import Part, quantise, scales
 from metadist.engine.layout import Layout
+from metadist.engine.local import descend
 from metadist.engine.shard import ENGINES, JUDGES
 from metadist.tasks.samplers import Sampler, evaluation_tasks, training_tasks
+
+Lane = dict[str, np.ndarray]
+"""What a lane carries from one meta-step to the next: `memory.NAME` of a replica's optimizer, `residual.NAME`."""
 
 
 class Blueprint:
     """Names, shapes and initial values of a run's tensors; the same wherever it is made.
 
     shape: of one input; classes: how many meta-train has.
-    values: θ and state in one buffer; sums: what a shard returns.
+    values: θ and state in one buffer; sums: what a shard returns; compression: how it is sent,
+    None as integers.
     """
 
     def __init__(self, config: Config, shape: tuple[int, ...], classes: int = 0) -> None:
@@ -39,6 +45,8 @@ class Blueprint:
             | {f"statistics.{name}": value for name, value in self.state.items()}
             | {"metric.loss": scalar, "metric.score": scalar}
         )
+        compressed = config.outer.compression != "none"
+        self.compression = Compression(config.outer, self.sums, dtype) if compressed else None
 
     def initial(self) -> np.ndarray:
         """Initial θ and state as one flat buffer."""
@@ -71,7 +79,7 @@ class Engine:
         self._compute = ENGINES[config.engine.mode]
         self._judge = JUDGES[config.engine.mode]
         self.shard_tasks = config.shard
-        self.shards = config.task.meta_batch // self.shard_tasks
+        self.shards = config.lanes
         self._judged: dict[tuple[str, str], tuple[Sampler, Algorithm]] = {}
 
     def sums(self, theta: dict[str, Tensor], state: dict[str, Tensor], step: int, shard: int) -> dict[str, Tensor]:
@@ -84,6 +92,45 @@ class Engine:
         theta, state = self.blueprint.named(values, self.device)
         scale = scales(self.blueprint.sums, exponents, self.device)
         return quantise(self.blueprint.sums, self.sums(theta, state, step, shard), scale, self.shards)
+
+    def sent(self, values: np.ndarray, exponents: np.ndarray, step: int, number: int, lane: Lane) -> tuple[Part, Lane]:
+        """What a lane, a shard or a replica, sends to the aggregator, and what it carries on: a pure function.
+
+        Where `outer.compression` says so, `q` is the payload, uint8; whether it fits is
+        judged by what it decompresses to.
+        """
+        theta, state = self.blueprint.named(values, self.device)
+        carried = {name: torch.from_numpy(np.array(value)) for name, value in lane.items()}
+        memory: dict[str, Tensor] = {}
+        if self.config.outer.local is None:
+            sums = self.sums(theta, state, step, number)
+        else:
+            sums, memory = self._round(theta, state, step, number, _below("memory.", carried))
+        layout, compression = self.blueprint.sums, self.blueprint.compression
+        if compression is None:
+            part = quantise(layout, sums, scales(layout, exponents, self.device), self.shards)
+            return part, _kept(memory, {})
+        if not all(bool(value.isfinite().all()) for value in sums.values()):
+            return Part(np.zeros(0, dtype=np.uint8), False, ()), {}
+        payload, residual = compression.compress(sums, _below("residual.", carried))
+        part = quantise(layout, compression.decompress(payload), scales(layout, exponents), self.shards)
+        return part._replace(q=payload), _kept(memory, residual)
+
+    def _round(
+        self, theta: dict[str, Tensor], state: dict[str, Tensor], step: int, replica: int, memory: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The local meta-steps of a replica; each is the mean over its own shards."""
+        tasks = self.config.task.meta_batch
+        shards = range(replica * tasks // self.shard_tasks, (replica + 1) * tasks // self.shard_tasks)
+
+        def batch(theta: Mapping[str, Tensor], state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+            total: dict[str, Tensor] = {}
+            for shard in shards:
+                sums = self.sums(dict(theta), dict(state), number, shard)
+                total = {name: total.get(name, 0) + value.detach().double() for name, value in sums.items()}
+            return {name: value / tasks for name, value in total.items()}
+
+        return descend(self.config.outer, batch, theta, state, step, memory)
 
     def judge(self, values: np.ndarray, judged: Config, split: str, first: int, tasks: int) -> dict[str, np.ndarray]:
         """Score and loss, float64 [tasks] each, of evaluation tasks first … first+tasks−1.
@@ -101,3 +148,12 @@ class Engine:
         episodes = sampler.sample(0, first, self.shard_tasks)
         found = self._judge(algorithm, OBJECTIVES[judged.kind], theta, state, episodes, sampler.ways)
         return {name: value[:tasks].double().cpu().numpy() for name, value in found.items()}
+
+
+def _below(prefix: str, lane: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in lane.items() if name.startswith(prefix)}
+
+
+def _kept(memory: Mapping[str, Tensor], residual: Mapping[str, Tensor]) -> Lane:
+    both = {f"memory.{n}": value for n, value in memory.items()} | {f"residual.{n}": v for n, v in residual.items()}
+    return {name: value.numpy() for name, value in both.items()}

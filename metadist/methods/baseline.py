@@ -21,8 +21,9 @@ class Scratch(InnerLoop):
 
     def check(self, config: Any) -> None:
         """Nothing may need meta-training, or be it."""
-        if config.outer.weight_decay:
-            raise ValueError("outer.weight_decay: would move what scratch never trains; valid is 0")
+        for section, optimizer in config.outer.optimizers.items():
+            if optimizer.weight_decay:
+                raise ValueError(f"{section}.weight_decay: would move what scratch never trains; valid is 0")
         if config.model.statistics == "running":
             raise ValueError("model.statistics: scratch keeps no running statistics; valid is support")
 

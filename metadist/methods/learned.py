@@ -28,8 +28,11 @@ class LstmOptimizer(InnerLoop):
 
     def check(self, config: Any) -> None:
         """A fixed start stays where it is."""
-        if self.start == "fixed" and config.outer.weight_decay:
-            raise ValueError("outer.weight_decay: would shrink the initialisation that algorithm.start=fixed keeps")
+        for section, optimizer in config.outer.optimizers.items():
+            if self.start == "fixed" and optimizer.weight_decay:
+                raise ValueError(
+                    f"{section}.weight_decay: would shrink the initialisation that algorithm.start=fixed keeps"
+                )
 
 
 class LstmLearner(InnerLoop):

@@ -64,7 +64,7 @@ class Aggregation:
 
     def start(self, snapshot: Snapshot | None) -> None:
         """New aggregators, from a checkpoint or from initial θ."""
-        actor = self.ray.remote(Aggregator)
+        actor, snapshot = self.ray.remote(Aggregator), snapshot and snapshot._replace(lanes=())
         for piece in range(len(self.pieces)):
             options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0}
             if self._run is not None:
@@ -215,6 +215,7 @@ def _joined(reports: Sequence[Report]) -> Report:
     return reports[0]._replace(
         finite=all(report.finite for report in reports),
         missing=tuple(sorted({shard for report in reports for shard in report.missing})),
+        bytes=sum(report.bytes for report in reports),
     )
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from metadist.config import Config
 from metadist.engine.device import one_thread
-from metadist.engine.engine import Blueprint
-from metadist.engine.exact import coarser, dequantise, first_exponents, next_exponents
+from metadist.engine.engine import Blueprint, Lane
+from metadist.engine.exact import coarser, dequantise, first_exponents, next_exponents, quantise, scales
+from metadist.engine.outer import OuterStep, learning_rate, moved_state
 from metadist.runtime.cut import Piece, cut, gathered_exponents
-from metadist.runtime.outer import OuterStep, learning_rate, moved_state
 
 REPORTS = 1024
 """Newest reports that an aggregator keeps, for a driver that comes after a dead one."""
@@ -38,17 +38,18 @@ class Snapshot(NamedTuple):
     """The whole state of a run before meta-step `step`: what a checkpoint holds.
 
     values: θ and state by name; memory: the optimizer's tensors by name; exponents: int64
-    per summed tensor.
+    per summed tensor; lanes: what each of them carries, where they carry something.
     """
 
     step: int
     values: dict[str, np.ndarray]
     memory: dict[str, np.ndarray]
     exponents: np.ndarray
+    lanes: tuple[Lane, ...] = ()
 
 
 class Report(NamedTuple):
-    """What one meta-step says: means over its tasks, the gradient's norm, the rate."""
+    """What one meta-step says: means over its tasks, the gradient's norm, the rate, the bytes of all sums that came."""
 
     step: int
     loss: float
@@ -58,6 +59,7 @@ class Report(NamedTuple):
     finite: bool
     missing: tuple[int, ...]
     duplicates: int
+    bytes: int = 0
 
 
 class Position(NamedTuple):
@@ -86,7 +88,7 @@ class Aggregator:
         blueprint = Blueprint(config, shape, classes)
         self.config, self.pieces = config, pieces
         self.piece: Piece = cut(blueprint, pieces)[piece]
-        self.shards = config.task.meta_batch // config.shard
+        self.shards = config.lanes
         values: dict[str, Tensor] = blueprint.theta | blueprint.state
         self.step, self.exponents = 0, first_exponents(self.piece.sums)
         if snapshot is not None:
@@ -98,6 +100,7 @@ class Aggregator:
         self.reports: deque[Report] = deque(maxlen=REPORTS)
         if snapshot is not None:
             self.outer.remember({name: torch.from_numpy(np.array(value)) for name, value in snapshot.memory.items()})
+        self.bytes = 0
         self._open(attempt=0)
 
     def _open(self, attempt: int) -> None:
@@ -112,13 +115,27 @@ class Aggregator:
         return Broadcast(self.step, self.attempt, values.numpy(), self.exponents)
 
     def add(self, step: int, attempt: int, shards: Collection[int], q: np.ndarray) -> bool:
-        """Count the sum of some shards. A late one, or one with a shard that is counted, is dropped: False."""
+        """Count the sum of some shards. A late one, or one with a shard that is counted, is dropped: False.
+
+        q: int64 [total], or their payloads one behind the other, uint8.
+        """
+        self.bytes += q.nbytes
         if (step, attempt) != (self.step, self.attempt) or not self.added.isdisjoint(shards):
             self.duplicates += len(shards)
             return False
         self.added.update(shards)
-        self.total += q
+        for part in self._integers(q, len(shards)):
+            self.total += part
         return True
+
+    def _integers(self, q: np.ndarray, shards: int) -> list[np.ndarray]:
+        """What is added: the sum as it came, or what each payload decompresses to, which the worker has seen to fit."""
+        layout, compression = self.piece.sums, self.piece.compression
+        if compression is None:
+            return [q]
+        scale = scales(layout, self.exponents)
+        each = (compression.decompress(payload) for payload in np.split(q, shards))
+        return [quantise(layout, tensors, scale, self.shards).q for tensors in each]
 
     def redo(self, step: int, attempt: int, exceeding: Iterable[int]) -> Broadcast:
         """Begin the step again with coarser exponents for the tensors in which some shard exceeded its bound.
@@ -150,10 +167,15 @@ class Aggregator:
             whole = [one for piece in squares for one in piece] if squares else None
             norm = self.outer.step(self._gradient(), step, whole)
             mean = self._means()
-            self.state = moved_state(self.state, {name: mean[f"statistics.{name}"] for name in self.state})
+            statistics = {name: mean[f"statistics.{name}"] for name in self.state}
+            if self.config.outer.local is None:
+                self.state = moved_state(self.state, statistics)
+            else:  # replicas moved it themselves
+                self.state = {name: statistics[name].to(value.dtype) for name, value in self.state.items()}
         self.exponents = next_exponents(self.piece.sums, self.total, self.exponents)
-        duplicates = self.duplicates
+        duplicates, received = self.duplicates, self.bytes
         self.step += 1
+        self.bytes = 0
         self._open(attempt=0)
         broadcast = self.broadcast()
         report = Report(
@@ -165,6 +187,7 @@ class Aggregator:
             bool(np.isfinite(broadcast.values).all()),
             (),
             duplicates,
+            received,
         )
         self.reports.append(report)
         return report, broadcast
@@ -175,10 +198,10 @@ class Aggregator:
         return tuple(sorted(set(shards) - self.added)) if step == self.step else tuple(shards)
 
     def _means(self) -> dict[str, Tensor]:
-        """Means over the tasks by name, float64; taken once from a complete sum."""
+        """Means over the tasks or replicas by name, float64; taken once from a complete sum."""
         if self._mean is None:
-            layout, tasks = self.piece.sums, self.config.task.meta_batch
-            self._mean = layout.split(dequantise(layout, self.total, self.exponents) / tasks)
+            layout, averaged = self.piece.sums, self.config.averaged
+            self._mean = layout.split(dequantise(layout, self.total, self.exponents) / averaged)
         return self._mean
 
     def _gradient(self) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """Checkpoints: `checkpoints/step-N`, whole or not there, the newest good one wins.
 
 A folder holds `state.safetensors` (θ and state as `value.NAME`, the optimizer's tensors as
-`memory.KEY.NAME`, the exponents of the exact sum) and `checkpoint.json` with the step, the
-best validation so far and the SHA-256 of the other file. Nothing in it can run code.
+`memory.KEY.NAME`, the exponents of the exact sum, what lane i carries as `lane.i.KEY.NAME`)
+and `checkpoint.json` with the step, the best validation so far and the SHA-256 of the other
+file. Nothing in it can run code.
 """
 
 import hashlib
@@ -36,6 +37,7 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, best: Best | None, record:
     """Write `step-N` into `folder`; `record` joins the JSON (fingerprint, counts)."""
     tensors = {f"value.{name}": value for name, value in snapshot.values.items()}
     tensors |= {f"memory.{name}": value for name, value in snapshot.memory.items()}
+    tensors |= {f"lane.{i}.{name}": value for i, lane in enumerate(snapshot.lanes) for name, value in lane.items()}
     tensors["exponents"] = snapshot.exponents
     state = save({name: np.asarray(value, order="C") for name, value in tensors.items()})
     told = record | {
@@ -62,13 +64,24 @@ def load_checkpoint(path: Path) -> tuple[Snapshot, Best | None, dict[str, Any]]:
         exponents = tensors.pop("exponents")
         snapshot = Snapshot(
             told["step"],
-            {name.removeprefix("value."): value for name, value in tensors.items() if name.startswith("value.")},
-            {name.removeprefix("memory."): value for name, value in tensors.items() if name.startswith("memory.")},
+            _below("value.", tensors),
+            _below("memory.", tensors),
             exponents,
+            _lanes(_below("lane.", tensors)),
         )
         return snapshot, Best(**told["best"]) if told["best"] else None, told
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise Damaged(f"{type(error).__name__}: {error}") from error
+
+
+def _below(prefix: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _lanes(tensors: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], ...]:
+    """By lane, from tensors named `i.KEY.NAME`."""
+    last = max((int(name.partition(".")[0]) for name in tensors), default=-1)
+    return tuple(_below(f"{lane}.", tensors) for lane in range(last + 1))
 
 
 def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:

@@ -1,7 +1,8 @@
 """The sum of what the workers of one node have computed, before it leaves the node.
 
 A plain class, run as a Ray actor beside the workers. Integers add exactly, so the sum may be
-taken here as well as at the aggregator; over the network goes one sum for each node.
+taken here as well as at the aggregator; over the network goes one sum for each node. Payloads
+(`outer.compression`) do not add up without their exponents: they are passed on in one piece.
 """
 
 from collections.abc import Collection
@@ -15,21 +16,23 @@ class Combiner:
 
     def __init__(self) -> None:
         self._of: tuple[int, int] = (-1, 0)
-        self._shards: set[int] = set()
+        self._shards: list[int] = []
         self._totals: list[np.ndarray] = []
 
     def add(self, step: int, attempt: int, shards: Collection[int], *sums: np.ndarray) -> bool:
         """Take in the sum of some shards; a late one, or one with a shard that is in, is dropped: False."""
-        if (step, attempt) < self._of or ((step, attempt) == self._of and not self._shards.isdisjoint(shards)):
+        if (step, attempt) < self._of or ((step, attempt) == self._of and not set(self._shards).isdisjoint(shards)):
             return False
         if (step, attempt) > self._of:
-            self._of, self._shards, self._totals = (step, attempt), set(), [np.zeros_like(one) for one in sums]
-        self._shards.update(shards)
-        self._totals = [total + one for total, one in zip(self._totals, sums, strict=True)]
+            self._of, self._shards, self._totals = (step, attempt), list(shards), list(sums)
+            return True
+        self._shards += shards
+        both = zip(self._totals, sums, strict=True)
+        self._totals = [np.concatenate(two) if two[0].dtype == np.uint8 else two[0] + two[1] for two in both]
         return True
 
     def collect(self, step: int, attempt: int, pieces: int) -> tuple[Any, ...]:
         """The shards that are in, and their sums; of another step nothing is in."""
         if (step, attempt) != self._of:
             return (), *(np.zeros(0, dtype=np.int64) for _ in range(pieces))
-        return tuple(sorted(self._shards)), *self._totals
+        return tuple(self._shards), *self._totals

@@ -12,6 +12,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from metadist.engine.compression import Compression
 from metadist.engine.engine import Blueprint
 from metadist.engine.layout import Layout
 
@@ -20,7 +21,8 @@ from metadist.engine.layout import Layout
 class Piece:
     """Names of θ and state, their layouts, and where they lie in the whole run's flat buffers.
 
-    tensors: indices of its summed tensors among those of the run, int64.
+    tensors: indices of its summed tensors among those of the run, int64; compression, payload_at: of what is sent
+    in payloads, and where its own bytes lie in one.
     """
 
     theta: tuple[str, ...]
@@ -30,10 +32,15 @@ class Piece:
     tensors: np.ndarray
     values_at: tuple[slice, ...]
     sums_at: tuple[slice, ...]
+    compression: Compression | None
+    payload_at: tuple[slice, ...]
 
-    def part(self, q: np.ndarray) -> np.ndarray:
-        """Its part of a sum [total] of the run."""
-        parts = [q[span] for span in self.sums_at]
+    def part(self, q: np.ndarray, payloads: int = 1) -> np.ndarray:
+        """Its part of a sum int64 [total] of the run; or of so many payloads, uint8, one behind the other."""
+        if self.compression is None:
+            parts = [q[span] for span in self.sums_at]
+        else:
+            parts = [payload[span] for payload in np.split(q, payloads) for span in self.payload_at]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -47,12 +54,15 @@ def cut(blueprint: Blueprint, pieces: int) -> tuple[Piece, ...]:
     for number, (own, moved) in enumerate(zip(theta, state, strict=True)):
         summed = {f"gradient.{name}" for name in own} | {f"statistics.{name}" for name in moved}
         summed |= set(scalars) if number == 0 else set()
-        names, kept = blueprint.sums.names, {*own, *moved}
+        names, kept, sums = blueprint.sums.names, {*own, *moved}, blueprint.sums.only(summed)
+        compression = blueprint.compression and blueprint.compression.only(sums)
+        payload = blueprint.compression and Layout(names, tuple((size,) for size in blueprint.compression.sizes))
         found.append(
             Piece(
-                own, moved, blueprint.values.only(kept), blueprint.sums.only(summed),
+                own, moved, blueprint.values.only(kept), sums,
                 np.array([index for index, name in enumerate(names) if name in summed], dtype=np.int64),
                 blueprint.values.spans(kept), blueprint.sums.spans(summed),
+                compression, payload.spans(summed) if payload else (),
             )
         )  # fmt: skip
     return tuple(found)

@@ -46,10 +46,16 @@ class Dispatcher(Generic[Item]):
     """Pending items, the workers and the calls they hold.
 
     backup: how many times the usual a call may take before others compute it too; None: for ever.
+    near: the worker that has what an item needs, if one does: it takes that item before others.
     """
 
-    def __init__(self, backup: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self.backup, self.clock = backup, clock
+    def __init__(
+        self,
+        backup: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        near: Callable[[Item], str | None] = lambda item: None,
+    ) -> None:
+        self.backup, self.clock, self.near = backup, clock, near
         self.pending: deque[Item] = deque()
         self.held: dict[str, list[Call[Item]]] = {}
         self.counted: dict[str, int] = {}
@@ -139,12 +145,17 @@ class Dispatcher(Generic[Item]):
         return max(1, min(share, MOST))
 
     def _take(self, worker: str, size: int) -> list[Item]:
-        """Pending items that this worker may compute."""
+        """Pending items that this worker may compute: its own first, those of other workers last."""
         shunned = len(self.held) > 1
-        items = [item for item in self.pending if not (shunned and self.avoid.get(item) == worker)][:size]
+        able = [item for item in self.pending if not (shunned and self.avoid.get(item) == worker)]
+        items = sorted(able, key=lambda item: self._far(worker, item))[:size]
         for item in items:
             self.pending.remove(item)
         return items
+
+    def _far(self, worker: str, item: Item) -> int:
+        near = self.near(item)
+        return 0 if near == worker else 2 if near in self.held else 1
 
     def _give(self, worker: str, items: list[Item]) -> tuple[str, tuple[Item, ...]]:
         if not self.held[worker]:

@@ -7,7 +7,9 @@ import numpy as np
 
 from metadist.config import Config
 from metadist.data.table import Table
+from metadist.engine.engine import Lane
 from metadist.runtime.aggregator import Aggregator, Broadcast, Report, Snapshot
+from metadist.runtime.lanes import Lanes, carried
 from metadist.runtime.runtime import Counts, Later, NotFinite
 from metadist.runtime.worker import Worker
 
@@ -23,6 +25,7 @@ class InProcess:
         introduction = self.worker.introduce()
         self.aggregator = self._aggregator(snapshot)
         self.step, self.earlier = self.aggregator.step, list[Report]()
+        self._lanes: Lanes[Lane] = Lanes(carried(config, snapshot))
         self.fingerprint = introduction.fingerprint | {"probe": introduction.probe}
         self.hardware = introduction.hardware
         self._broadcast: Broadcast = self.aggregator.broadcast()
@@ -47,11 +50,12 @@ class InProcess:
         What is not finite is computed once more where `again`; then it is divergence.
         """
         attempt = self._broadcast.attempt
-        receipt, q = self.worker.compute(self._broadcast, step, attempt, shards)
+        receipt, q, *lanes = self.worker.compute(self._broadcast, step, attempt, shards, *self._lanes.of(shards))
         assert receipt.current, "worker and aggregator are of one step here"
         if receipt.summed:
             self.aggregator.add(step, attempt, receipt.summed, q)
             self._computed += len(receipt.summed)
+        self._lanes.computed(shards, lanes)
         exceeding = set(receipt.exceeding)
         if receipt.not_finite:
             if not again:
@@ -63,14 +67,16 @@ class InProcess:
     def apply(self, step: int) -> Later:
         report, self._broadcast = self.aggregator.apply(step)
         assert not report.missing, "every shard was counted"
+        self._lanes.advance()
         return lambda: report
 
     def snapshot(self) -> Callable[[], Snapshot]:
-        taken = self.aggregator.snapshot()
+        taken = self.aggregator.snapshot()._replace(lanes=tuple(self._lanes.states))
         return lambda: taken
 
     def restart(self, snapshot: Snapshot | None) -> None:
         self.aggregator = self._aggregator(snapshot)
+        self._lanes = Lanes(carried(self.config, snapshot))
         self._broadcast = self.aggregator.broadcast()
 
     def judge(self, values: np.ndarray | None, judged: Config, split: str, episodes: int) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ from metadist.runtime.aggregator import Report
 FLUSH_SECONDS = 2.0
 """Between two writings of the metrics; longer once a writing takes a twentieth of that."""
 
-COLUMNS = ("time", "seconds", "loss", "grad_norm", "lr", "tasks_per_second")
+COLUMNS = ("time", "seconds", "loss", "grad_norm", "lr", "tasks_per_second", "bytes")
 """Of every run; the score of its kind, in training and validation, joins them."""
 
 

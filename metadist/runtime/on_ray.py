@@ -22,6 +22,7 @@ from metadist.runtime.aggregator import Report, Snapshot
 from metadist.runtime.cluster import check_resources, connect, disconnect, reserved, room
 from metadist.runtime.cut import assembled
 from metadist.runtime.dispatcher import Dispatcher
+from metadist.runtime.lanes import Lanes, carried
 from metadist.runtime.runtime import AggregatorLost, Counts, Later, NotFinite, Say
 from metadist.runtime.worker import Introduction, Receipt, Worker
 
@@ -77,10 +78,12 @@ class OnRay:
         self._group: Any = None
         self._places: list[int] = []
         self._place_of: dict[str, int] = {}
-        self._dispatcher: Dispatcher[Item] = Dispatcher(config.cluster.backup)
+        self._at: dict[int, str] = {}
+        self._dispatcher: Dispatcher[Item] = Dispatcher(config.cluster.backup, near=self._near)
         self._size = config.shard
-        self._per_step = config.task.meta_batch // config.shard
-        run = None if config.cluster.address == "local" else run
+        self._per_step = config.lanes
+        # A lane's state is this driver's: it dies with it, and so does the step that the aggregator is at.
+        run = None if config.cluster.address == "local" or config.outer.remembers else run
         self._sums = Aggregation(self.ray, config, blueprint(config, tables), run, say)
         try:
             check_resources(self.ray, config.cluster)
@@ -95,12 +98,16 @@ class OnRay:
 
     def _take_over_or_start(self, snapshot: Snapshot | None) -> None:
         """Go on with the aggregators that outlived the run's last driver, or start new ones."""
+        self._take_lanes(snapshot)
         self.earlier = self._sums.adopt(snapshot)
         if self.earlier:
             self.step = self.earlier[-1].step + 1
             self.say(f"the aggregator outlived its driver; going on from step {self.step}")
         else:
             self._sums.start(snapshot)
+
+    def _take_lanes(self, snapshot: Snapshot | None) -> None:
+        self._lanes: Lanes[Any] = Lanes(self.ray.put(lane) for lane in carried(self.config, snapshot))
 
     # --- workers -------------------------------------------------------------
 
@@ -216,9 +223,10 @@ class OnRay:
             if together:
                 step, attempt, shards = together[0].step, together[0].attempt, [item.shard for item in together]
                 first, *others = self._sums.broadcast
-                compute = actor.compute.options(num_returns=2 + len(others))
-                receipt, *sums = compute.remote(first, step, attempt, shards, *others)
-                self._calls[receipt] = (name, items, sums)
+                lanes = self._lanes.of(shards)
+                compute = actor.compute.options(num_returns=2 + len(others) + len(lanes))
+                receipt, *sent = compute.remote(first, step, attempt, shards, *others, *lanes)
+                self._calls[receipt] = (name, items, sent)
             for item in items:
                 if isinstance(item, Judgement):
                     assert judged is not None
@@ -226,7 +234,10 @@ class OnRay:
                     self._calls[found] = (name, (item,), None)
 
     def _events(self) -> list[tuple[str, tuple[Item, ...], Any, Any]]:
-        """Results that came in, after a second at most: (worker, items, receipt or judgement, its sums' references)."""
+        """Results that came in, after a second at most.
+
+        (worker, items, receipt or judgement, references to the sums and to the lanes afterwards)
+        """
         from ray.exceptions import RayActorError, RayError, RayTaskError
 
         waiting = [*self._calls, *self._arriving]
@@ -246,8 +257,9 @@ class OnRay:
             except RayTaskError as error:
                 if isinstance(error.cause, MetadistError):
                     raise error.cause from error
-                if isinstance(error.cause, RayError):  # θ_t, its argument, was lost with the aggregator
-                    raise AggregatorLost(f"the aggregator was lost: {first_line(error.cause)}") from error
+                if isinstance(error.cause, RayError):  # θ_t or a lane, its arguments, was lost with where it was
+                    what = "the aggregator or a lane" if self._lanes.states else "the aggregator"
+                    raise AggregatorLost(f"{what} was lost: {first_line(error.cause)}") from error
                 raise
             except RayActorError as error:
                 self._arriving.pop(ref, None)
@@ -261,8 +273,8 @@ class OnRay:
                 del self._arriving[ref]
                 self._arrived(name, value)
             else:
-                _, items, sums = self._calls.pop(ref)
-                results.append((name, items, value, sums))
+                _, items, sent = self._calls.pop(ref)
+                results.append((name, items, value, sent))
                 self._deaths = 0
         return results
 
@@ -282,9 +294,9 @@ class OnRay:
     def finish(self, step: int) -> None:
         while self._dispatcher.open:
             preemption.check()
-            for name, items, receipt, sums in self._events():
+            for name, items, receipt, sent in self._events():
                 if isinstance(receipt, Receipt):
-                    self._take(step, name, [item for item in items if isinstance(item, Shard)], receipt, sums)
+                    self._take(step, name, [item for item in items if isinstance(item, Shard)], receipt, sent)
             if not self._dispatcher.open:
                 lost = self._sums.gather(step, self._attempt)
                 self._recomputed += len(lost)
@@ -296,7 +308,7 @@ class OnRay:
                 self._open_step(step)
             self._hand_out()
 
-    def _take(self, step: int, name: str, items: list[Shard], receipt: Receipt, sums: Any) -> None:
+    def _take(self, step: int, name: str, items: list[Shard], receipt: Receipt, sent: Sequence[Any]) -> None:
         """Count a worker's sum of some shards; all of it or, where some of them count already, nothing."""
         late = [item for item in items if item not in self._dispatcher.open]
         if late:
@@ -307,9 +319,12 @@ class OnRay:
         if not receipt.current:
             raise AggregatorLost(f"step {step}: the aggregator's parameters are of another step")
         self._exceeding.update(receipt.exceeding)
+        sums, lanes = sent[: len(self._sums.pieces)], sent[len(self._sums.pieces) :]
+        self._lanes.computed((item.shard for item in items), lanes)
         for item in items:
             if item.shard not in receipt.not_finite:
                 self._dispatcher.done(name, item)
+                self._at[item.shard] = name
                 continue
             self._recomputed += 1
             self._failures[item] = self._failures.get(item, 0) + 1
@@ -320,8 +335,13 @@ class OnRay:
             self._shards[str(receipt.pid)] = self._shards.get(str(receipt.pid), 0) + len(receipt.summed)
             self._sums.add(items[0].step, items[0].attempt, receipt.summed, sums, self._nodes.get(name))
 
+    def _near(self, item: Item) -> str | None:
+        """The worker that has what a lane carries, where lanes carry something."""
+        return self._at.get(item.shard) if self._lanes.states and isinstance(item, Shard) else None
+
     def apply(self, step: int) -> Later:
         applied = self._sums.apply(step)
+        self._lanes.advance()
 
         def later() -> Report:
             report = applied()
@@ -331,13 +351,24 @@ class OnRay:
         return later
 
     def snapshot(self) -> Callable[[], Snapshot]:
-        return self._sums.snapshot()
+        taken, lanes = self._sums.snapshot(), list(self._lanes.states)
+
+        def later() -> Snapshot:
+            from ray.exceptions import RayError
+
+            try:
+                return taken()._replace(lanes=tuple(self.ray.get(lanes)))
+            except RayError as error:
+                raise aggregator_lost(error) from error
+
+        return later
 
     def restart(self, snapshot: Snapshot | None) -> None:
         self._dispatcher.drop()
         self._dispatcher.free()
         self._calls.clear()  # they wait for parameters that are lost with the aggregator
         self._sums.end()
+        self._take_lanes(snapshot)
         self._sums.start(snapshot)
 
     # --- evaluation ----------------------------------------------------------

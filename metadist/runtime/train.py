@@ -57,7 +57,13 @@ class Trainer:
     @property
     def tasks_per_second(self) -> float:
         """Of training alone, validations and start-up aside."""
-        return self._done_here * self.config.task.meta_batch / self._training if self._training else 0.0
+        return self._done_here * self.config.step_tasks / self._training if self._training else 0.0
+
+    @property
+    def bytes_per_step(self) -> float | None:
+        """Mean over the meta-steps of the bytes that reached the aggregator."""
+        sent = [row["bytes"] for row in self.journal.rows if "bytes" in row]
+        return sum(sent) / len(sent) if sent else None
 
     def train(self, first: int) -> Snapshot:
         """Run meta-steps first … outer.steps−1; returns the final state. Raises Divergence."""
@@ -72,14 +78,14 @@ class Trainer:
                 raise self._kept(end) from None
 
     def _steps(self, first: int) -> Snapshot:
-        steps, task = self.config.outer.steps, self.config.task
+        steps, tasks = self.config.outer.steps, self.config.step_tasks
         report: Later | None = None
         seconds = 0.0
         for step in range(first, steps):
             began = time.perf_counter()
             self.runtime.begin(step)
             if report is not None:  # the workers are busy with this step: time to tell of the one before
-                self._log(report(), seconds, task.meta_batch)
+                self._log(report(), seconds, tasks)
             preemption.check()
             try:
                 self.runtime.finish(step)
@@ -92,7 +98,7 @@ class Trainer:
             if validate or save:
                 told, report = report(), None
                 seconds = time.perf_counter() - began
-                self._log(told, seconds, task.meta_batch)
+                self._log(told, seconds, tasks)
             seconds = time.perf_counter() - began
             self._training += seconds
             self._done_here += 1
@@ -115,6 +121,7 @@ class Trainer:
             lr=report.lr,
             tasks_per_second=rate,
             seconds=seconds,
+            bytes=report.bytes,
         )
         self.display.step(report.step + 1, report.loss, report.score, rate, self.runtime.workers)
 

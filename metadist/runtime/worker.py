@@ -1,7 +1,8 @@
 """A worker: samples its tasks, adapts to them and returns integer sums.
 
 A plain class. It runs in the driver's process or, unchanged, as a Ray actor. It keeps no
-state between calls, so that any worker can compute any shard.
+state between calls, so that any worker can compute any shard; what a lane carries from step to
+step comes in with the call and goes out with its result.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from metadist.config import Config, Source
 from metadist.data.shared import fetch
 from metadist.data.sources import prepare
 from metadist.data.table import Table, open_table
-from metadist.engine.engine import Engine
+from metadist.engine.engine import Engine, Lane
 from metadist.engine.exact import first_exponents
 from metadist.engine.fingerprint import fingerprint
 from metadist.engine.hardware import hardware
@@ -94,30 +95,41 @@ class Worker:
         )
 
     def compute(
-        self, broadcast: Broadcast, step: int, attempt: int, shards: Sequence[int], *others: Broadcast
+        self, broadcast: Broadcast, step: int, attempt: int, shards: Sequence[int], *others: Any
     ) -> tuple[Any, ...]:
-        """Some shards of one step: a receipt and their integer sum, a part for every piece of the parameters.
+        """Some shards of one step: a receipt, their sum, a part for every piece of θ, and the lanes afterwards.
 
-        broadcast, others: of all the pieces in turn; nothing is computed from one of another step.
+        broadcast, others: of all the pieces in turn (`cluster.aggregators`), and what each shard carries, if they
+        carry anything; with `outer.local` a shard is a replica. Compressed, it is not their sum but their payloads,
+        one behind the other. Nothing is computed from a broadcast of another step.
         """
-        pieces = cut(self.engine.blueprint, 1 + len(others))
-        broadcasts = (broadcast, *others)
+        pieces = cut(self.engine.blueprint, self.config.cluster.aggregators)
+        broadcasts: tuple[Broadcast, ...] = (broadcast, *others[: len(pieces) - 1])
+        lanes: tuple[Lane, ...] = others[len(pieces) - 1 :]
+        none = np.zeros(0, dtype=np.int64)
         if any((one.step, one.attempt) != (step, attempt) for one in broadcasts):
-            return Receipt(os.getpid(), (), (), (), False), *(np.zeros(0, dtype=np.int64) for _ in broadcasts)
+            return Receipt(os.getpid(), (), (), (), False), *(none for _ in pieces), *lanes
         values = assembled(pieces, [one.values for one in broadcasts], self.engine.blueprint.values.total)
         exponents = gathered_exponents(pieces, [one.exponents for one in broadcasts])
-        total, summed, not_finite, exceeding = None, [], [], set[int]()
-        for shard in shards:
-            part = self.engine.part(values, exponents, step, shard)
+        parts, after, summed, not_finite, exceeding = [], [], [], [], set[int]()
+        for shard, lane in zip(shards, lanes or [{}] * len(shards), strict=True):
+            part, carried = self.engine.sent(values, exponents, step, shard, lane)
             if part.fits:
-                total = part.q if total is None else total + part.q
+                parts.append(part.q)
                 summed.append(shard)
             elif not part.finite:
                 not_finite.append(shard)
             exceeding.update(part.exceeding if part.finite else ())
+            after.append(carried)
         receipt = Receipt(os.getpid(), tuple(summed), tuple(not_finite), tuple(sorted(exceeding)), True)
-        none = np.zeros(0, dtype=np.int64)
-        return receipt, *(none if total is None else piece.part(total) for piece in pieces)
+        total = self._together(parts)
+        sums = [none if total is None else piece.part(total, len(parts)) for piece in pieces]
+        return receipt, *sums, *after[: len(lanes)]
+
+    def _together(self, parts: list[np.ndarray]) -> np.ndarray | None:
+        if not parts:
+            return None
+        return sum(parts[1:], parts[0]) if self.engine.blueprint.compression is None else np.concatenate(parts)
 
     def judge(self, values: np.ndarray, judged: Config, split: str, first: int, tasks: int) -> dict[str, np.ndarray]:
         """Accuracy and loss of evaluation tasks first … first+tasks−1."""

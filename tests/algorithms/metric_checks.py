@@ -93,6 +93,7 @@ def moved_by_reordering_the_support_set(config: Config, model: str) -> float:
 
 # --- learning ------------------------------------------------------------------
 
+
 def learned(algorithm: dict[str, object], steps: int = 150, lr: float = 5e-3) -> tuple[float, float]:
     """Accuracy on 200 new tasks before and after meta-training; 5-way 1-shot, 3 queries per class."""
     return learns_clusters(algorithm, how="together", steps=steps, lr=lr)

@@ -6,13 +6,17 @@ import pytest
 import torch
 
 from metadist.config import Outer
-from metadist.runtime.outer import STATE_MOMENTUM, OuterStep, learning_rate, moved_state
+from metadist.engine.outer import STATE_MOMENTUM, OuterStep, learning_rate, moved_state
 
 OPTIMIZERS = {
     "adam": ({"optimizer": "adam", "weight_decay": 0.01}, lambda p: torch.optim.Adam(p, 0.05, weight_decay=0.01)),
     "adamw": ({"optimizer": "adamw", "weight_decay": 0.1}, lambda p: torch.optim.AdamW(p, 0.05, weight_decay=0.1)),
     "sgd": ({"optimizer": "sgd"}, lambda p: torch.optim.SGD(p, 0.05)),
     "momentum": ({"optimizer": "sgd", "momentum": 0.9}, lambda p: torch.optim.SGD(p, 0.05, momentum=0.9)),
+    "nesterov": (
+        {"optimizer": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+        lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
+    ),
     "rmsprop": ({"optimizer": "rmsprop"}, lambda p: torch.optim.RMSprop(p, 0.05)),
     "rmsprop-momentum": (
         {"optimizer": "rmsprop", "momentum": 0.5}, lambda p: torch.optim.RMSprop(p, 0.05, momentum=0.5)

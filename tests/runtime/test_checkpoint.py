@@ -26,12 +26,21 @@ def snapshot(step: int) -> Snapshot:
         {"net.weight": random.normal(size=(3, 4)).astype(np.float32), "net.mean": np.float32([np.pi, -0.0])},
         {"exp_avg.net.weight": random.normal(size=(3, 4)).astype(np.float32), "step.net.weight": np.float32(step)},
         random.integers(-900, 900, 5),
+        tuple(lane(number, random) for number in range(11)),
     )
+
+
+def lane(number: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+    """Lanes 1 and 10 begin alike; 2 carries nothing."""
+    residual = random.normal(size=(3, 4)).astype(np.float32)
+    return {} if number == 2 else {"residual.net.weight": residual, "memory.step": np.float32(number)}
 
 
 def assert_same(found: Snapshot, expected: Snapshot) -> None:
     assert found.step == expected.step
+    assert len(found.lanes) == len(expected.lanes)
     for ours, theirs in (
+        *zip(found.lanes, expected.lanes, strict=True),
         (found.values, expected.values),
         (found.memory, expected.memory),
         ({"e": found.exponents}, {"e": expected.exponents}),
@@ -56,6 +65,13 @@ def test_round_trip(saved: Path) -> None:
     assert best == BEST
     assert {key: record[key] for key in RECORD} == RECORD
     assert sorted(path.name for path in saved.iterdir()) == ["step-12", "step-4", "step-8"]
+
+
+def test_one_without_lanes(tmp_path: Path) -> None:
+    """As every run left them before there were any, and as most still do."""
+    plain = snapshot(4)._replace(lanes=())
+    save_checkpoint(tmp_path, plain, None, {})
+    assert_same(load_checkpoint(tmp_path / "step-4")[0], plain)
 
 
 def test_a_run_without_validation_has_no_best(tmp_path: Path) -> None:

@@ -64,7 +64,10 @@ class Run(RuleBasedStateMachine):
     @initialize(workers=st.integers(1, 3))
     def start(self, workers: int) -> None:
         self.now = 0.0
-        self.dispatcher: Dispatcher[Item] = Dispatcher(backup=2.0, clock=lambda: self.now)
+        # Items of even lanes are near to workers, some of which are there.
+        self.dispatcher: Dispatcher[Item] = Dispatcher(
+            backup=2.0, clock=lambda: self.now, near=lambda item: None if item[2] % 2 else f"worker-{item[2] // 2}"
+        )
         self.aggregator = Aggregator(CONFIG, IMAGE)
         self.step = self.attempt = self.born = 0
         self.redos: list[int] = []
@@ -276,6 +279,21 @@ def test_a_worker_of_half_the_speed_does_less(items: int) -> None:
     took, counted = makespan({"a": 1, "b": 2}, items)
     assert took <= 0.85 * items
     assert counted["a"] > counted["b"]
+
+
+def test_items_stay_where_what_they_need_is() -> None:
+    """Each worker takes its own first, then what is nobody's, and other workers' only where nothing else is left."""
+    where = {0: "b", 1: "b", 2: "a", 3: "gone", 4: "a", 5: "b"}
+    dispatcher: Dispatcher[int] = Dispatcher(near=where.get)
+    for worker in "ab":
+        dispatcher.join(worker)
+    dispatcher.add(range(6))
+    assert dispatcher.assign() == [("a", (2, 4)), ("b", (0, 1)), ("a", (3,)), ("b", (5,))]
+    for item in range(6):
+        dispatcher.done("a" if item in (2, 3, 4) else "b", item)
+    dispatcher.leave("b")
+    dispatcher.add([5, 4])
+    assert dispatcher.assign() == [("a", (4, 5))], "what a dead worker had goes to whoever is left"
 
 
 def test_what_is_freed_leaves_all_its_room() -> None:

@@ -1,4 +1,8 @@
-"""The outer step: unscale, clip, optimizer, schedule; one function, whatever runs around it."""
+"""The outer step: unscale, clip, optimizer, schedule; one function, whatever runs around it.
+
+What it descends is a mean over tasks or replicas: of meta-gradients, or of differences θ − φ
+(Reptile's tasks, DiLoCo's replicas). It makes no difference between them.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,14 +10,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from metadist.config import Outer
+from metadist.config import Optimizer
 from metadist.engine.layout import Layout
 
 STATE_MOMENTUM = 0.1
 """Weight of a meta-step's mean in the running state, as in torch's batch norm."""
 
 
-def learning_rate(outer: Outer, step: int) -> float:
+def learning_rate(outer: Optimizer, step: int) -> float:
     """The rate of meta-step `step` (from 0): a pure function, so that a resumed run needs no scheduler's memory."""
     if step < outer.warmup:
         return outer.lr * (step + 1) / outer.warmup
@@ -29,9 +33,12 @@ def learning_rate(outer: Outer, step: int) -> float:
 
 
 class OuterStep:
-    """θ with its torch.optim optimizer; runs on one CPU thread, on all of θ as one flat buffer in name order."""
+    """θ with its torch.optim optimizer, on all of θ as one flat buffer in name order.
 
-    def __init__(self, outer: Outer, theta: Mapping[str, Tensor]) -> None:
+    outer: its keys; with `steps` of them the schedule is at its end.
+    """
+
+    def __init__(self, outer: Optimizer, theta: Mapping[str, Tensor]) -> None:
         self.outer, self.layout = outer, Layout.of(theta)
         self.flat = self.layout.flatten(theta).requires_grad_()
         # One plain kernel after the other: a fused or multi-tensor one may round differently.
@@ -43,7 +50,8 @@ class OuterStep:
             case "adamw":
                 self.optimizer = torch.optim.AdamW([self.flat], fused=False, **plain)  # type: ignore[arg-type]
             case "sgd":
-                self.optimizer = torch.optim.SGD([self.flat], momentum=outer.momentum, fused=False, **plain)  # type: ignore[arg-type]
+                momentum = {"momentum": outer.momentum, "nesterov": outer.nesterov}
+                self.optimizer = torch.optim.SGD([self.flat], fused=False, **momentum, **plain)  # type: ignore[arg-type]
             case "rmsprop":
                 self.optimizer = torch.optim.RMSprop([self.flat], momentum=outer.momentum, **plain)  # type: ignore[arg-type]
 
@@ -75,7 +83,7 @@ class OuterStep:
         for key, value in self.optimizer.state_dict()["state"].get(0, {}).items():
             if value is None:
                 continue
-            value = torch.as_tensor(value).clone()
+            value = torch.as_tensor(value).cpu().clone()
             if value.shape == self.flat.shape:
                 found |= {f"{key}.{name}": part for name, part in self.layout.unflatten(value).items()}
             else:
