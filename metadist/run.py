@@ -149,6 +149,10 @@ def start(config: Config, tables: list[Table], snapshot: Snapshot | None, say: C
     """The runtime that the config names."""
     if config.cluster.most == 0:
         return InProcess(config, tables, snapshot)
+    if config.cluster.strategy == "allreduce":
+        from metadist.runtime.allreduce import AllReduce
+
+        return AllReduce(config, tables, snapshot, say)
     from metadist.runtime.on_ray import OnRay
 
     return OnRay(config, tables, snapshot, say)

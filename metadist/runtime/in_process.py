@@ -7,6 +7,7 @@ import numpy as np
 
 from metadist.config import Config
 from metadist.data.table import Table
+from metadist.runtime import preemption
 from metadist.runtime.aggregator import Aggregator, Broadcast, Snapshot
 from metadist.runtime.runtime import Counts, Later, NotFinite
 from metadist.runtime.worker import Worker
@@ -36,6 +37,7 @@ class InProcess:
         pass
 
     def finish(self, step: int) -> None:
+        preemption.check()
         while exceeding := self._computed_shards(step, range(self.worker.engine.shards)):
             self._recomputed += self.worker.engine.shards
             self._broadcast = self.aggregator.redo(step, self._broadcast.attempt, sorted(exceeding))

@@ -17,7 +17,7 @@ from metadist.engine.fingerprint import differences
 from metadist.errors import ClusterError, MetadistError
 from metadist.runtime import preemption
 from metadist.runtime.aggregator import Aggregator, Report, Snapshot
-from metadist.runtime.cluster import check_resources, connect, disconnect, reserved, room
+from metadist.runtime.cluster import check_resources, connect, disconnect, free, reserved, room
 from metadist.runtime.dispatcher import Dispatcher
 from metadist.runtime.runtime import AggregatorLost, Counts, Later, NotFinite, Say
 from metadist.runtime.worker import Introduction, Receipt, Worker
@@ -133,15 +133,9 @@ class OnRay:
                 break
             if time.monotonic() > told + WAITING:
                 told = time.monotonic()
-                self.say(f"waiting for workers: {self.workers} of {cluster.least} are there; {self._free()}")
+                self.say(f"waiting for workers: {self.workers} of {cluster.least} are there; {free(self.ray, cluster)}")
         if self.workers < cluster.least and self._arriving:
             self.say(f"going on with {self.workers} of {cluster.least} workers; others join when they can")
-
-    def _free(self) -> str:
-        """What a worker needs, beside what nobody has reserved."""
-        free = self.ray.available_resources()
-        needs = {kind: each for kind, each in reserved(self.config.cluster).items() if each}
-        return ", ".join(f"each needs {each:g} {kind}, {free.get(kind, 0):g} are free" for kind, each in needs.items())
 
     def _expect_a_worker(self) -> None:
         """Refuse to wait for ever for a worker that nothing can start."""
@@ -151,7 +145,9 @@ class OnRay:
         elif self._alone_since is None:
             self._alone_since = time.monotonic()
         elif time.monotonic() - self._alone_since > timeout:
-            raise ClusterError(f"cluster.timeout: no worker was ready within {timeout:g} s; {self._free()}")
+            raise ClusterError(
+                f"cluster.timeout: no worker was ready within {timeout:g} s; {free(self.ray, self.config.cluster)}"
+            )
 
     def _arrived(self, name: str, introduction: Introduction) -> None:
         """Admit a worker whose bits are the run's."""
