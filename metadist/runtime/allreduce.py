@@ -155,7 +155,7 @@ def _all_reduce() -> Callable[[np.ndarray], np.ndarray]:
             torch.distributed.all_reduce(buffer)
             return buffer.cpu().numpy()
         except RuntimeError as error:
-            raise RankLost(str(error).strip().splitlines()[0]) from error
+            raise RankLost(_first_line(error)) from error
 
     return add_up
 
@@ -238,23 +238,15 @@ class AllReduce:
             self.ray.get(mailbox.end.remote(ended))
 
     def _meet(self) -> None:
-        """Wait for the ranks' introductions; ranks whose bits differ cannot sum."""
+        """Wait for the ranks' introductions."""
         coming = self._mailbox.answers.remote(self._introductions)
         while not self.ray.wait([coming], timeout=WAITING)[0]:
             there = self.ray.get(self._mailbox.answered.remote(self._introductions))
             needs = free(self.ray, self.config.cluster)
             self.say(f"waiting for the group: {there} of {self._world} ranks are there; {needs}")
         introductions: list[Introduction] = self._got(coming)
-        for one in introductions:
-            found = one.fingerprint | {"probe": one.probe}
-            if not self.fingerprint:
-                self.fingerprint, self.hardware = found, one.hardware
-            told = differences(self.fingerprint, found)
-            if told:
-                raise ClusterError(
-                    f"cluster.strategy: allreduce needs equal ranks; the one on {one.host} (process {one.pid}) has "
-                    f"{told}; valid are other workers, or aggregator, which goes on without it"
-                )
+        self.fingerprint = agreed(self.fingerprint, introductions)
+        self.hardware = introductions[0].hardware
         self._pids = [one.pid for one in introductions]
         self.workers = len(introductions)
 
@@ -277,7 +269,7 @@ class AllReduce:
         try:
             number: int = self.ray.get(self._mailbox.tell.remote(command))
         except RayError as error:
-            raise AggregatorLost(f"the group's mailbox was lost: {str(error).splitlines()[0]}") from error
+            raise AggregatorLost(f"the group's mailbox was lost: {_first_line(error)}") from error
         return number
 
     def _ask(self, command: Any) -> list[Any]:
@@ -290,7 +282,7 @@ class AllReduce:
         try:
             found: list[Any] | Ended = self.ray.get(coming)
         except RayError as error:
-            raise AggregatorLost(f"the group's mailbox was lost: {str(error).splitlines()[0]}") from error
+            raise AggregatorLost(f"the group's mailbox was lost: {_first_line(error)}") from error
         if not isinstance(found, Ended):
             return found
         if found.defect is not None:
@@ -365,25 +357,50 @@ class AllReduce:
             disconnect()
 
 
+def agreed(expected: dict[str, str], introductions: Sequence[Introduction]) -> dict[str, str]:
+    """The fingerprint of all ranks, with `probe`. Raises ClusterError: ranks whose bits differ cannot sum."""
+    for one in introductions:
+        found = one.fingerprint | {"probe": one.probe}
+        expected = expected or found
+        told = differences(expected, found)
+        if told:
+            raise ClusterError(
+                f"cluster.strategy: allreduce needs equal ranks; the one on {one.host} (process {one.pid}) has "
+                f"{told}; valid are other workers, or aggregator, which goes on without it"
+            )
+    return expected
+
+
 def _reason(error: Exception, config: Config) -> Ended:
     """Why a group ended: what one of its ranks raised, or the loss of one."""
-    from ray.exceptions import RayError
     from ray.train import ControllerError, WorkerGroupError
 
     if isinstance(error, WorkerGroupError):
-        causes = {rank: getattr(e, "_base_exc", e) for rank, e in error.worker_failures.items()}
-        known = [cause for cause in causes.values() if isinstance(cause, MetadistError)]
+        known = [cause for cause in error.worker_failures.values() if isinstance(cause, MetadistError)]
         if known:
             return Ended(str(known[0]), known[0])
-        lost = [rank for rank, cause in causes.items() if isinstance(cause, RayError)]
-        if lost or all(isinstance(cause, RankLost) for cause in causes.values()):
-            told = {rank: str(cause).strip().splitlines()[0] for rank, cause in causes.items()}
-            rank = lost[0] if lost else min(causes)
-            return Ended(f"rank {rank}: {told[rank]}")
-        return Ended(str(error), error)
+        gone = {rank: cause for rank, cause in error.worker_failures.items() if _is_gone(cause)}
+        left_alone = [cause for cause in error.worker_failures.values() if isinstance(cause, RankLost)]
+        if len(gone) + len(left_alone) < len(error.worker_failures):
+            return Ended("a defect", error)
+        if gone:
+            return Ended(f"rank {min(gone)} died: {_first_line(gone[min(gone)])}")
+        return Ended(_first_line(left_alone[0]))
     if isinstance(error, ControllerError):
         cause = error.controller_failure
         late = f"cluster.timeout: no group was ready within {config.cluster.timeout:g} s"
-        line = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        line = _first_line(cause)
         return Ended(line, ClusterError(f"{late}: {line}" if "Timeout" in type(cause).__name__ else line))
-    return Ended(str(error), error)
+    return Ended("a defect", error)
+
+
+def _is_gone(cause: BaseException) -> bool:
+    """Whether a rank's failure is the end of its process, as Ray or Ray Train's health check tells it."""
+    from ray.exceptions import RayError
+
+    return isinstance(cause, RayError) or type(cause).__name__.startswith("WorkerHealthCheck")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(getattr(error, "health_check_failure", error)).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

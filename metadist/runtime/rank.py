@@ -55,12 +55,12 @@ class Rank:
         step, recomputed = self.aggregator.step, 0
         while True:
             shards: Sequence[int] = range(self.worker.engine.shards)
+            parts: list[tuple[list[int], np.ndarray]] = []
             counted, exceeding, halted = Counter[int](), set[int](), False
             for turn in range(2):  # what is not finite is computed once more, by another rank where there is one
                 found = self._sum(shards, turn, halt)
                 good = [shard for shard in shards if shard not in found.not_finite]
-                if not found.exceeding:
-                    self.aggregator.add(step, self.aggregator.attempt, good, found.q)
+                parts.append((good, found.q))
                 counted.update(self._of(shard, turn) for shard in good)
                 exceeding.update(found.exceeding)
                 halted |= found.halted
@@ -74,6 +74,8 @@ class Rank:
                 break
             recomputed += self.worker.engine.shards
             self._broadcast = self.aggregator.redo(step, self.aggregator.attempt, sorted(exceeding))
+        for good, q in parts:
+            self.aggregator.add(step, self.aggregator.attempt, good, q)
         report, self._broadcast = self.aggregator.apply(step)
         assert not report.missing, "every shard was counted"
         return Stepped(report, tuple(counted[rank] for rank in range(self.world)), recomputed, halted)
