@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from metadist.config import Config
 from metadist.engine.device import one_thread
@@ -29,13 +30,14 @@ class Snapshot(NamedTuple):
     """The whole state of a run before meta-step `step`: what a checkpoint holds.
 
     values: θ and state by name; memory: the optimizer's tensors by name; exponents: int64
-    per summed tensor.
+    per summed tensor; ledger: of a run with async, int64 [entries, 4] as in `ledger.py`.
     """
 
     step: int
     values: dict[str, np.ndarray]
     memory: dict[str, np.ndarray]
     exponents: np.ndarray
+    ledger: np.ndarray | None = None
 
 
 class Report(NamedTuple):
@@ -105,27 +107,31 @@ class Aggregator:
         )
         if missing:
             return Report(step, float("nan"), float("nan"), float("nan"), 0.0, True, missing, 0), self.broadcast()
-        tasks, layout = self.config.task.meta_batch, self.blueprint.sums
+        layout, duplicates = self.blueprint.sums, self.duplicates
         with one_thread():
-            mean = layout.split(dequantise(layout, self.total, self.exponents) / tasks)
-            norm = self.outer.step({name: mean[f"gradient.{name}"] for name in self.blueprint.theta}, step)
-            self.state = moved_state(self.state, {name: mean[f"statistics.{name}"] for name in self.state})
+            mean = dequantise(layout, self.total, self.exponents) / self.config.task.meta_batch
         self.exponents = next_exponents(layout, self.total, self.exponents)
-        duplicates = self.duplicates
+        report = self.move(mean)._replace(duplicates=duplicates)
+        return report, self.broadcast()
+
+    def move(self, mean: Tensor) -> Report:
+        """Take the outer step by the mean over tasks of all that is summed, float64 [total]."""
+        step, means = self.step, self.blueprint.sums.split(mean)
+        with one_thread():
+            norm = self.outer.step({name: means[f"gradient.{name}"] for name in self.blueprint.theta}, step)
+            self.state = moved_state(self.state, {name: means[f"statistics.{name}"] for name in self.state})
         self.step += 1
         self._open(attempt=0)
-        broadcast = self.broadcast()
-        report = Report(
+        return Report(
             step,
-            float(mean["metric.loss"]),
-            float(mean["metric.score"]),
+            float(means["metric.loss"]),
+            float(means["metric.score"]),
             norm,
             learning_rate(self.config.outer, step),
-            bool(np.isfinite(broadcast.values).all()),
+            all(bool(value.isfinite().all()) for value in (self.outer.theta | self.state).values()),
             (),
-            duplicates,
+            0,
         )
-        return report, broadcast
 
     def snapshot(self) -> Snapshot:
         """The state now; copies, so that the next step does not move them."""

@@ -1,7 +1,7 @@
 """Checkpoints: `checkpoints/step-N`, whole or not there, the newest good one wins.
 
 A folder holds `state.safetensors` (θ and state as `value.NAME`, the optimizer's tensors as
-`memory.KEY.NAME`, the exponents of the exact sum) and `checkpoint.json` with the step, the
+`memory.KEY.NAME`, the exponents of the exact sum, with async the ledger) and `checkpoint.json` with the step, the
 best validation so far and the SHA-256 of the other file. Nothing in it can run code.
 """
 
@@ -37,6 +37,8 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, best: Best | None, record:
     tensors = {f"value.{name}": value for name, value in snapshot.values.items()}
     tensors |= {f"memory.{name}": value for name, value in snapshot.memory.items()}
     tensors["exponents"] = snapshot.exponents
+    if snapshot.ledger is not None:
+        tensors["ledger"] = snapshot.ledger
     state = save({name: np.asarray(value, order="C") for name, value in tensors.items()})
     told = record | {
         "step": snapshot.step,
@@ -65,6 +67,7 @@ def load_checkpoint(path: Path) -> tuple[Snapshot, Best | None, dict[str, Any]]:
             {name.removeprefix("value."): value for name, value in tensors.items() if name.startswith("value.")},
             {name.removeprefix("memory."): value for name, value in tensors.items() if name.startswith("memory.")},
             exponents,
+            tensors.get("ledger"),
         )
         return snapshot, Best(**told["best"]) if told["best"] else None, told
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:

@@ -179,7 +179,7 @@ class OnRay:
             return
         del self._actors[name]
         self._leave_place(name)
-        lost = self._dispatcher.leave(name)
+        lost = self._given_back(name)
         self._recomputed += sum(isinstance(item, Shard) for item in lost)
         self._calls = {ref: call for ref, call in self._calls.items() if call[0] != name}
         self._deaths += 1
@@ -187,6 +187,10 @@ class OnRay:
             raise ClusterError(f"{self._deaths} workers died one after the other; the last one: {reason}")
         self.say(f"worker {self.pids.get(name, name)} died ({reason}); {len(lost)} of its shards are computed again")
         self._hire()
+
+    def _given_back(self, name: str) -> list[Item]:
+        """What is to be computed again, because a worker is gone."""
+        return self._dispatcher.leave(name)
 
     # --- handing out and taking in -------------------------------------------
 

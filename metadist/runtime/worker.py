@@ -106,6 +106,10 @@ class Worker:
         receipt = Receipt(os.getpid(), tuple(summed), tuple(not_finite), tuple(sorted(exceeding)), True)
         return receipt, np.zeros(0, dtype=np.int64) if total is None else total
 
+    def sums(self, broadcast: Broadcast, step: int, shard: int) -> tuple[int, np.ndarray]:
+        """This process's id, and one shard's float sums from whatever version of θ it is handed."""
+        return os.getpid(), self.engine.flat(broadcast.values, step, shard)
+
     def judge(self, values: np.ndarray, judged: Config, split: str, first: int, tasks: int) -> dict[str, np.ndarray]:
         """Accuracy and loss of evaluation tasks first … first+tasks−1."""
         return self.engine.judge(values, judged, split, first, tasks)
