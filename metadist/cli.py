@@ -158,6 +158,21 @@ def evaluate(
 
 
 @app.command()
+def replay(run_dir: Annotated[Path, typer.Argument(help="folder of a run with cluster.strategy=async")]) -> None:
+    """Compute an asynchronous run again from its ledger, in this process, and compare the meta-parameters.
+
+    Exit code 1 where they differ.
+    """
+    with told_in_one_line():
+        from metadist.replay import replay as run
+
+        found = run(run_dir, lambda line: print(line, file=sys.stderr, flush=True))
+        print(found.line(run_dir))
+        if not found.equal:
+            raise typer.Exit(1)
+
+
+@app.command()
 def embed(
     run_dir: Annotated[Path, typer.Argument(help="folder of a finished run of task-conditioned")],
     out: Annotated[Path | None, typer.Option(help="folder for the files; RUN/embeddings without it")] = None,

@@ -212,6 +212,10 @@ class Elastic(Tree):
         return self
 
 
+STALENESS = 4
+"""`cluster.staleness` of a run with async that says nothing."""
+
+
 class Cluster(Tree):
     """Where the workers run."""
 
@@ -222,6 +226,13 @@ class Cluster(Tree):
     cpus: NonNegative | Literal["auto"] = Field("auto", description="CPUs a worker reserves; auto: engine.threads")
     gpus: NonNegative | Literal["auto"] = Field("auto", description="GPU share of a worker; auto: 1 on cuda, else 0")
     resources: dict[str, NonNegative] = Field({}, description="custom resources that a worker reserves, by name")
+    strategy: Literal["aggregator", "allreduce", "async"] = Field(
+        "aggregator",
+        description="any shard to any worker; equal workers that sum among themselves; workers of very unequal speed",
+    )
+    staleness: Count | None = Field(
+        None, description="of async: outer steps that a gradient may be behind the one it is applied in; 4 without it"
+    )
     placement: Literal["any", "spread", "pack"] = Field(
         "any", description="of the workers, by a placement group: over as many nodes as can be, or as few"
     )
@@ -238,6 +249,34 @@ class Cluster(Tree):
     linger: NonNegative = Field(
         600.0, description="seconds that aggregators on another's cluster outlive their driver, for --resume; 0: none"
     )
+
+    @model_validator(mode="after")
+    def _strategy_has_its_keys(self) -> "Cluster":
+        strategy = self.strategy
+        if self.staleness is not None and strategy != "async":
+            raise ValueError(f"staleness: is read by cluster.strategy=async only, not by {strategy}")
+        if strategy == "aggregator":
+            return self
+        if self.workers == 0:
+            raise ValueError(
+                f"workers: 0 computes in the driver's process; cluster.strategy={strategy} needs 1 or more"
+            )
+        if self.backup != Cluster.model_fields["backup"].default:
+            raise ValueError(f"backup: is read by cluster.strategy=aggregator only, not by {strategy}")
+        if self.aggregators != 1 or self.sums != "flat":
+            key = "aggregators" if self.aggregators != 1 else "sums"
+            raise ValueError(f"{key}: is read by cluster.strategy=aggregator only, not by {strategy}")
+        if strategy == "allreduce" and self.address.startswith("ray://"):
+            raise ValueError(
+                f"address: {self.address} keeps the driver outside of the cluster; cluster.strategy=allreduce needs "
+                f"it inside: local, auto or HOST:PORT"
+            )
+        return self
+
+    @property
+    def bound(self) -> int:
+        """Outer steps that a gradient may be late, with async."""
+        return STALENESS if self.staleness is None else self.staleness
 
     @property
     def least(self) -> int:
@@ -319,6 +358,10 @@ class Config(Tree):
                 raise ValueError(f"{key}: {method.name} has no inner loop{instead}")
         if self.kind == "regression":
             self._regression()
+        strategy = self.cluster.strategy
+        if strategy != "aggregator" and (self.outer.local or self.outer.compression != "none"):
+            key = "local" if self.outer.local else "compression"
+            raise ValueError(f"outer.{key}: is read by cluster.strategy=aggregator only, not by {strategy}")
         for key, default, readers in UNREAD:
             if getattr(self.model, key) != default and self.model.name not in readers:
                 raise ValueError(f"model.{key}: is read by model.name={' or '.join(readers)} only")
@@ -593,6 +636,11 @@ def mathematics(config: Config) -> dict[str, Any]:
 
 def refuse_changed_mathematics(before: Config, after: Config) -> None:
     """A resumed run keeps its mathematics; one line names the first key that would not."""
+    was, becomes = before.cluster.strategy, after.cluster.strategy
+    if was != becomes and "async" in (was, becomes):
+        raise ConfigError(
+            f"cluster.strategy: was {was} and cannot become {becomes} on resume; async takes its steps from other sums"
+        )
     old, new = mathematics(before), mathematics(after)
     # Another method has other keys; its name says more than they do.
     for key in sorted(dict.fromkeys([*old, *new]), key=lambda key: not key.endswith(".name")):

@@ -24,6 +24,7 @@ from metadist.runtime.aggregator import Snapshot
 from metadist.runtime.checkpoint import Best, Damaged, checkpoints, load_checkpoint, newest_good
 from metadist.runtime.in_process import InProcess
 from metadist.runtime.journal import Journal, read_metrics
+from metadist.runtime.ledger import staleness, write_ledger
 from metadist.runtime.preemption import Preempted, noticed
 from metadist.runtime.run_folder import RunFolder, fresh_name, refuse_existing, run_name
 from metadist.runtime.runtime import Runtime
@@ -158,6 +159,14 @@ def start(
     """The runtime that the config names; name: the run's own, by which a later driver finds what outlived this one."""
     if config.cluster.most == 0:
         return InProcess(config, tables, snapshot)
+    if config.cluster.strategy == "allreduce":
+        from metadist.runtime.allreduce import AllReduce
+
+        return AllReduce(config, tables, snapshot, say)
+    if config.cluster.strategy == "async":
+        from metadist.runtime.asynchronous import Asynchronous
+
+        return Asynchronous(config, tables, snapshot, say)
     from metadist.runtime.on_ray import OnRay
 
     return OnRay(config, tables, snapshot, say, name)
@@ -176,6 +185,8 @@ def _run(
     rows = read_metrics(folder.path / "metrics.parquet")
     lost = max((int(row["step"]) for row in rows), default=first) - first
     record = record | {"steps_recomputed": record.get("steps_recomputed", 0) + max(0, lost)}
+    if config.cluster.strategy == "async":
+        record = record | {"reproducible": False}
     follower, patience = follow.start(folder.path, config), TRACKING_SECONDS
     try:
         journal = Journal(folder.path, rows)
@@ -190,6 +201,8 @@ def _run(
                     display.done()
                 result = _result(config, tables, runtime, trainer, last)
             folder.write_values("theta.safetensors", last.values)
+            if last.ledger is not None:
+                write_ledger(folder.path / "ledger.parquet", last.ledger)
             journal.flush()
             if trainer.best is not None:
                 _write_best(folder, trainer.best)
@@ -273,6 +286,7 @@ def _result(config: Config, tables: list[Table], runtime: Runtime, trainer: Trai
         "untrained": untrained,
         "best": _best(trainer),
         "reproducible": trainer.record.get("reproducible", True),
+        "staleness": None if last.ledger is None else staleness(last.ledger) | {"bound": config.cluster.bound},
         "seed": config.seed,
         "versions": versions,
         "numeric_fingerprint": runtime.fingerprint,

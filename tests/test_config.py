@@ -578,3 +578,40 @@ def test_a_file_goes_before_a_packaged_job(tmp_path, monkeypatch):
 def test_reading_names_the_file(tmp_path):
     with pytest.raises(ConfigError, match=r"gone\.yaml: No such file"):
         read_yaml(tmp_path / "gone.yaml")
+
+
+# --- strategies ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (["cluster.strategy=gossip"], "cluster.strategy: "),
+    (["cluster.staleness=2"], "cluster.staleness: is read by cluster.strategy=async only, not by aggregator"),
+    (["cluster.strategy=allreduce", "cluster.staleness=2"], "cluster.staleness: is read by cluster.strategy=async"),
+    (["cluster.strategy=async", "cluster.staleness=-1"], "cluster.staleness: "),
+    (["cluster.strategy=async", "cluster.backup=2"], "cluster.backup: is read by cluster.strategy=aggregator only"),
+    (["cluster.strategy=allreduce", "cluster.backup=2"], "cluster.backup: is read by cluster.strategy=aggregator only"),
+    (["cluster.strategy=allreduce", "cluster.workers=0"], "cluster.workers: 0 computes in the driver's process"),
+    (["cluster.strategy=async", "cluster.workers=0"], "cluster.workers: 0 computes in the driver's process"),
+    (["cluster.strategy=allreduce", "cluster.aggregators=2"], "cluster.aggregators: is read by cluster.strategy=aggr"),
+    (["cluster.strategy=async", "cluster.sums=tree"], "cluster.sums: is read by cluster.strategy=aggregator only"),
+    (["cluster.strategy=async", "outer.compression=bf16"], "outer.compression: is read by cluster.strategy=aggr"),
+    (["cluster.strategy=allreduce", "outer.local={steps: 2, replicas: 2}"], "outer.local: is read by cluster.strategy"),
+    (["cluster.strategy=allreduce", "cluster.address=ray://a:1"], "cluster.address: ray://a:1 keeps the driver out"),
+])  # fmt: skip
+def test_a_strategy_has_its_keys(words, told):
+    assert refusal(*words).startswith(told)
+
+
+def test_the_bound_of_a_run_that_names_none():
+    assert config_of("cluster.strategy=async").cluster.bound == 4
+    assert config_of("cluster.strategy=async", "cluster.staleness=0").cluster.bound == 0
+
+
+def test_a_resume_may_change_to_allreduce_and_not_to_async():
+    aggregator, allreduce, late = (
+        config_of(f"cluster.strategy={name}") for name in ("aggregator", "allreduce", "async")
+    )
+    refuse_changed_mathematics(resolve(aggregator), resolve(allreduce))
+    for before, after in ((aggregator, late), (late, allreduce)):
+        with pytest.raises(ConfigError, match=r"^cluster\.strategy: was \w+ and cannot become"):
+            refuse_changed_mathematics(resolve(before), resolve(after))

@@ -87,6 +87,12 @@ class Engine:
         episodes = self.tasks.sample(step, shard * self.shard_tasks, self.shard_tasks)
         return self._compute(self.algorithm, theta, state, episodes, self.tasks.ways, step)
 
+    def flat(self, values: np.ndarray, step: int, shard: int) -> np.ndarray:
+        """The same as one buffer [total], in the parameters' dtype, from flat θ and state."""
+        theta, state = self.blueprint.named(values, self.device)
+        found: np.ndarray = self.blueprint.sums.flatten(self.sums(theta, state, step, shard)).detach().cpu().numpy()
+        return found
+
     def part(self, values: np.ndarray, exponents: np.ndarray, step: int, shard: int) -> Part:
         """One shard's sums as integers: a pure function of its arguments and the config."""
         theta, state = self.blueprint.named(values, self.device)

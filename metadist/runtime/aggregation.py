@@ -31,8 +31,7 @@ class Aggregation:
 
     def __init__(self, ray: Any, config: Config, blueprint: Blueprint, run: str | None, say: Say) -> None:
         self.ray, self.config, self.say = ray, config, say
-        self._classes = blueprint.classes
-        self._shape = blueprint.shape
+        self.blueprint = blueprint
         self.pieces = cut(blueprint, config.cluster.aggregators)
         self._run = run if config.cluster.linger else None
         self._touched = 0.0
@@ -64,13 +63,14 @@ class Aggregation:
 
     def start(self, snapshot: Snapshot | None) -> None:
         """New aggregators, from a checkpoint or from initial θ."""
+        shape, classes = self.blueprint.shape, self.blueprint.classes
         actor, snapshot = self.ray.remote(Aggregator), snapshot and snapshot._replace(lanes=())
         for piece in range(len(self.pieces)):
             options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0}
             if self._run is not None:
                 options |= {"name": self._name(piece), "namespace": NAMESPACE, "lifetime": "detached"}
             made = actor.options(**options)
-            self._actors.append(made.remote(self.config, self._shape, snapshot, self._classes, piece, len(self.pieces)))
+            self._actors.append(made.remote(self.config, shape, snapshot, classes, piece, len(self.pieces)))
         self.broadcast = tuple(actor.broadcast.remote() for actor in self._actors)
         self.touch()
 

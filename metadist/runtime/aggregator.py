@@ -38,7 +38,8 @@ class Snapshot(NamedTuple):
     """The whole state of a run before meta-step `step`: what a checkpoint holds.
 
     values: θ and state by name; memory: the optimizer's tensors by name; exponents: int64
-    per summed tensor; lanes: what each of them carries, where they carry something.
+    per summed tensor; lanes: what each of them carries, where they carry something; ledger: of a
+    run with async, int64 [entries, 4] as in `ledger.py`.
     """
 
     step: int
@@ -46,6 +47,7 @@ class Snapshot(NamedTuple):
     memory: dict[str, np.ndarray]
     exponents: np.ndarray
     lanes: tuple[Lane, ...] = ()
+    ledger: np.ndarray | None = None
 
 
 class Report(NamedTuple):
@@ -107,7 +109,7 @@ class Aggregator:
         self.attempt, self.duplicates = attempt, 0
         self.added: set[int] = set()
         self.total.fill(0)
-        self._mean: dict[str, Tensor] | None = None
+        self._mean: Tensor | None = None
 
     def broadcast(self) -> Broadcast:
         """θ_t for the workers."""
@@ -153,7 +155,7 @@ class Aggregator:
         if self._missing(step):
             return []
         with one_thread():
-            return self.outer.squares(self._gradient())
+            return self.outer.squares(self._gradient(self._summed()))
 
     def apply(self, step: int, *squares: Sequence[float]) -> tuple[Report, Broadcast]:
         """One outer step from the complete sum; without it nothing moves and the report says what is missing.
@@ -163,49 +165,52 @@ class Aggregator:
         missing = self._missing(step)
         if missing:
             return Report(step, float("nan"), float("nan"), float("nan"), 0.0, True, missing, 0), self.broadcast()
+        mean, duplicates, received = self._summed(), self.duplicates, self.bytes
+        self.exponents = next_exponents(self.piece.sums, self.total, self.exponents)
+        report = self.move(mean, [one for piece in squares for one in piece] or None)
+        report = report._replace(duplicates=duplicates, bytes=received)
+        self.reports.append(report)
+        return report, self.broadcast()
+
+    def move(self, mean: Tensor, squares: Sequence[float] | None = None) -> Report:
+        """Take the outer step by the mean, over tasks or replicas, of all that is summed, float64 [total]."""
+        step, means = self.step, self.piece.sums.split(mean)
         with one_thread():
-            whole = [one for piece in squares for one in piece] if squares else None
-            norm = self.outer.step(self._gradient(), step, whole)
-            mean = self._means()
-            statistics = {name: mean[f"statistics.{name}"] for name in self.state}
+            norm = self.outer.step(self._gradient(mean), step, squares)
+            statistics = {name: means[f"statistics.{name}"] for name in self.state}
             if self.config.outer.local is None:
                 self.state = moved_state(self.state, statistics)
             else:  # replicas moved it themselves
                 self.state = {name: statistics[name].to(value.dtype) for name, value in self.state.items()}
-        self.exponents = next_exponents(self.piece.sums, self.total, self.exponents)
-        duplicates, received = self.duplicates, self.bytes
         self.step += 1
         self.bytes = 0
         self._open(attempt=0)
-        broadcast = self.broadcast()
-        report = Report(
+        return Report(
             step,
-            float(mean.get("metric.loss", np.nan)),
-            float(mean.get("metric.score", np.nan)),
+            float(means.get("metric.loss", np.nan)),
+            float(means.get("metric.score", np.nan)),
             norm,
             learning_rate(self.config.outer, step),
-            bool(np.isfinite(broadcast.values).all()),
+            bool(np.isfinite(self.broadcast().values).all()),
             (),
-            duplicates,
-            received,
+            0,
         )
-        self.reports.append(report)
-        return report, broadcast
 
     def _missing(self, step: int) -> tuple[int, ...]:
         """Shards that are not counted."""
         shards = range(self.shards)
         return tuple(sorted(set(shards) - self.added)) if step == self.step else tuple(shards)
 
-    def _means(self) -> dict[str, Tensor]:
-        """Means over the tasks or replicas by name, float64; taken once from a complete sum."""
+    def _summed(self) -> Tensor:
+        """The mean of a complete sum, float64 [total]; taken once."""
         if self._mean is None:
-            layout, averaged = self.piece.sums, self.config.averaged
-            self._mean = layout.split(dequantise(layout, self.total, self.exponents) / averaged)
+            with one_thread():
+                self._mean = dequantise(self.piece.sums, self.total, self.exponents) / self.config.averaged
         return self._mean
 
-    def _gradient(self) -> dict[str, Tensor]:
-        return {name: self._means()[f"gradient.{name}"] for name in self.piece.theta}
+    def _gradient(self, mean: Tensor) -> dict[str, Tensor]:
+        means = self.piece.sums.split(mean)
+        return {name: means[f"gradient.{name}"] for name in self.piece.theta}
 
     def position(self) -> Position:
         """For a driver that finds this aggregator running."""

@@ -1,9 +1,9 @@
 """Checkpoints: `checkpoints/step-N`, whole or not there, the newest good one wins.
 
 A folder holds `state.safetensors` (θ and state as `value.NAME`, the optimizer's tensors as
-`memory.KEY.NAME`, the exponents of the exact sum, what lane i carries as `lane.i.KEY.NAME`)
-and `checkpoint.json` with the step, the best validation so far and the SHA-256 of the other
-file. Nothing in it can run code.
+`memory.KEY.NAME`, the exponents of the exact sum, what lane i carries as `lane.i.KEY.NAME`,
+with async the ledger) and `checkpoint.json` with the step, the best validation so far and the
+SHA-256 of the other file. Nothing in it can run code.
 """
 
 import hashlib
@@ -39,6 +39,8 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, best: Best | None, record:
     tensors |= {f"memory.{name}": value for name, value in snapshot.memory.items()}
     tensors |= {f"lane.{i}.{name}": value for i, lane in enumerate(snapshot.lanes) for name, value in lane.items()}
     tensors["exponents"] = snapshot.exponents
+    if snapshot.ledger is not None:
+        tensors["ledger"] = snapshot.ledger
     state = save({name: np.asarray(value, order="C") for name, value in tensors.items()})
     told = record | {
         "step": snapshot.step,
@@ -68,6 +70,7 @@ def load_checkpoint(path: Path) -> tuple[Snapshot, Best | None, dict[str, Any]]:
             _below("memory.", tensors),
             exponents,
             _lanes(_below("lane.", tensors)),
+            tensors.get("ledger"),
         )
         return snapshot, Best(**told["best"]) if told["best"] else None, told
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:

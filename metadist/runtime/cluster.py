@@ -1,6 +1,6 @@
 """Getting a Ray cluster: our own on this machine, or one that is running.
 
-Only this module and `on_ray` import Ray.
+Only this module, `on_ray`, `allreduce` and `asynchronous` import Ray.
 """
 
 import os
@@ -104,6 +104,13 @@ def room(ray: Any, cluster: Cluster) -> int:
 def reserved(cluster: Cluster) -> dict[str, float]:
     """What a worker reserves, by Ray's names."""
     return {"CPU": _number(cluster.cpus), "GPU": _number(cluster.gpus), **cluster.resources}
+
+
+def free(ray: Any, cluster: Cluster) -> str:
+    """What a worker needs, beside what nobody has reserved."""
+    there = ray.available_resources()
+    needs = {kind: each for kind, each in reserved(cluster).items() if each}
+    return ", ".join(f"each needs {each:g} {kind}, {there.get(kind, 0):g} are free" for kind, each in needs.items())
 
 
 def _number(value: float | str) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 from metadist.config import Config
 from metadist.data.table import Table
 from metadist.engine.engine import Lane
+from metadist.runtime import preemption
 from metadist.runtime.aggregator import Aggregator, Broadcast, Report, Snapshot
 from metadist.runtime.lanes import Lanes, carried
 from metadist.runtime.runtime import Counts, Later, NotFinite
@@ -40,6 +41,7 @@ class InProcess:
         pass
 
     def finish(self, step: int) -> None:
+        preemption.check()
         while exceeding := self._computed_shards(step, range(self.worker.engine.shards)):
             self._recomputed += self.worker.engine.shards
             self._broadcast = self.aggregator.redo(step, self._broadcast.attempt, sorted(exceeding))

@@ -19,7 +19,7 @@ from metadist.errors import ClusterError, MetadistError
 from metadist.runtime import preemption
 from metadist.runtime.aggregation import Aggregation, aggregator_lost, first_line
 from metadist.runtime.aggregator import Report, Snapshot
-from metadist.runtime.cluster import check_resources, connect, disconnect, reserved, room
+from metadist.runtime.cluster import check_resources, connect, disconnect, free, reserved, room
 from metadist.runtime.cut import assembled
 from metadist.runtime.dispatcher import Dispatcher
 from metadist.runtime.lanes import Lanes, carried
@@ -153,15 +153,9 @@ class OnRay:
                 break
             if time.monotonic() > told + WAITING:
                 told = time.monotonic()
-                self.say(f"waiting for workers: {self.workers} of {cluster.least} are there; {self._free()}")
+                self.say(f"waiting for workers: {self.workers} of {cluster.least} are there; {free(self.ray, cluster)}")
         if self.workers < cluster.least and self._arriving:
             self.say(f"going on with {self.workers} of {cluster.least} workers; others join when they can")
-
-    def _free(self) -> str:
-        """What a worker needs, beside what nobody has reserved."""
-        free = self.ray.available_resources()
-        needs = {kind: each for kind, each in reserved(self.config.cluster).items() if each}
-        return ", ".join(f"each needs {each:g} {kind}, {free.get(kind, 0):g} are free" for kind, each in needs.items())
 
     def _expect_a_worker(self) -> None:
         """Refuse to wait for ever for a worker that nothing can start."""
@@ -171,7 +165,9 @@ class OnRay:
         elif self._alone_since is None:
             self._alone_since = time.monotonic()
         elif time.monotonic() - self._alone_since > timeout:
-            raise ClusterError(f"cluster.timeout: no worker was ready within {timeout:g} s; {self._free()}")
+            raise ClusterError(
+                f"cluster.timeout: no worker was ready within {timeout:g} s; {free(self.ray, self.config.cluster)}"
+            )
 
     def _arrived(self, name: str, introduction: Introduction) -> None:
         """Admit a worker whose bits are the run's."""
@@ -205,7 +201,7 @@ class OnRay:
             return
         del self._actors[name]
         self._leave_place(name)
-        lost = self._dispatcher.leave(name)
+        lost = self._given_back(name)
         self._recomputed += sum(isinstance(item, Shard) for item in lost)
         self._calls = {ref: call for ref, call in self._calls.items() if call[0] != name}
         self._deaths += 1
@@ -213,6 +209,10 @@ class OnRay:
             raise ClusterError(f"{self._deaths} workers died one after the other; the last one: {reason}")
         self.say(f"worker {self.pids.get(name, name)} died ({reason}); {len(lost)} of its shards are computed again")
         self._hire()
+
+    def _given_back(self, name: str) -> list[Item]:
+        """What is to be computed again, because a worker is gone."""
+        return self._dispatcher.leave(name)
 
     # --- handing out and taking in -------------------------------------------
 

@@ -1,9 +1,9 @@
 """SIGTERM: a machine that is taken away leaves some seconds. A run keeps its state in them and ends.
 
-The signal itself only leaves a mark. The run looks at it in training steps alone: a validation
-that was broken off would be missing behind the step that is kept, and with it perhaps the best
-state. One that takes longer than the grace period is given up with the steps since the last
-checkpoint.
+The signal itself only leaves a mark. A runtime looks at it where it waits for a training step,
+nowhere else: a validation that was broken off would be missing behind the step that is kept, and
+with it perhaps the best state. One that takes longer than the grace period is given up with the
+steps since the last checkpoint.
 """
 
 import os
@@ -24,9 +24,14 @@ class Preempted(MetadistError):
     exit_code = 128 + signal.SIGTERM
 
 
+def asked() -> bool:
+    """Whether SIGTERM has come."""
+    return _noticed.is_set()
+
+
 def check() -> None:
     """Raise Preempted once SIGTERM has come."""
-    if _noticed.is_set():
+    if asked():
         raise Preempted("ended by SIGTERM")
 
 

@@ -29,7 +29,7 @@ class NotFinite(MetadistError):
 
     def __init__(self, step: int, shard: int) -> None:
         super().__init__(f"step {step}: the loss or gradient of shard {shard} is not finite, computed twice")
-        self.step = step
+        self.step, self.shard = step, shard
 
 
 class Counts(NamedTuple):
@@ -59,7 +59,8 @@ class Runtime(Protocol):
         ...
 
     def finish(self, step: int) -> None:
-        """Wait until every shard of the step is counted. Raises NotFinite, AggregatorLost."""
+        """Wait until every shard of the step is counted. Raises NotFinite, AggregatorLost, Preempted; the state is
+        that before the step then."""
         ...
 
     def apply(self, step: int) -> Later:

@@ -9,13 +9,13 @@ from metadist.config import Config
 from metadist.errors import ClusterError, Divergence
 from metadist.evaluation.protocol import Score, score, validation_settings
 from metadist.measure import MEASURES
-from metadist.runtime import preemption
 from metadist.runtime.aggregator import Report, Snapshot
 from metadist.runtime.checkpoint import Best, newest_good, prune, save_checkpoint
 from metadist.runtime.journal import Journal
 from metadist.runtime.preemption import Preempted
 from metadist.runtime.run_folder import RunFolder
 from metadist.runtime.runtime import AggregatorLost, Later, NotFinite, Runtime
+from metadist.runtime.stops import saves, validates
 from metadist.tracking.progress import Progress
 
 MOST_LOSSES = 5
@@ -86,15 +86,13 @@ class Trainer:
             self.runtime.begin(step)
             if report is not None:  # the workers are busy with this step: time to tell of the one before
                 self._log(report(), seconds, tasks)
-            preemption.check()
             try:
                 self.runtime.finish(step)
             except NotFinite as problem:
                 self._stop(problem)
             report = self.runtime.apply(step)
             done = step + 1
-            validate = bool(self.config.eval.every) and (done % self.config.eval.every == 0 or done == steps)
-            save = done % self.config.checkpoint.every == 0 or done == steps
+            validate, save = validates(self.config, done), saves(self.config, done)
             if validate or save:
                 told, report = report(), None
                 seconds = time.perf_counter() - began

@@ -131,6 +131,10 @@ class Worker:
             return None
         return sum(parts[1:], parts[0]) if self.engine.blueprint.compression is None else np.concatenate(parts)
 
+    def sums(self, broadcast: Broadcast, step: int, shard: int) -> tuple[int, np.ndarray]:
+        """This process's id, and one shard's float sums from whatever version of θ it is handed."""
+        return os.getpid(), self.engine.flat(broadcast.values, step, shard)
+
     def judge(self, values: np.ndarray, judged: Config, split: str, first: int, tasks: int) -> dict[str, np.ndarray]:
         """Accuracy and loss of evaluation tasks first … first+tasks−1."""
         return self.engine.judge(values, judged, split, first, tasks)
