@@ -3,6 +3,7 @@
 A plain class. It runs in the driver's process or, unchanged, as a Ray actor.
 """
 
+import zlib
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
@@ -51,6 +52,11 @@ class Report(NamedTuple):
     duplicates: int
 
 
+def sealed(q: np.ndarray) -> int:
+    """CRC-32 of a sum's bytes: what a worker says that it sent."""
+    return zlib.crc32(np.ascontiguousarray(q))
+
+
 class Aggregator:
     """θ, the running state, the optimizer and the sum of the current step."""
 
@@ -82,9 +88,14 @@ class Aggregator:
         values = self.blueprint.values.flatten(self.outer.theta | self.state)
         return Broadcast(self.step, self.attempt, values.numpy(), self.exponents)
 
-    def add(self, step: int, attempt: int, shards: Collection[int], q: np.ndarray) -> bool:
-        """Count the sum of some shards. A late one, or one with a shard that is counted, is dropped: False."""
-        if (step, attempt) != (self.step, self.attempt) or not self.added.isdisjoint(shards):
+    def add(self, step: int, attempt: int, shards: Collection[int], q: np.ndarray, seal: int | None = None) -> bool:
+        """Count the sum of some shards. A late one, or one with a shard that is counted, is dropped: False.
+
+        So is one that is not what its worker sent: of another size or type, or without its `seal`.
+        """
+        late = (step, attempt) != (self.step, self.attempt) or not self.added.isdisjoint(shards)
+        same_kind = q.shape == self.total.shape and q.dtype == self.total.dtype
+        if late or not same_kind or (seal is not None and seal != sealed(q)):
             self.duplicates += len(shards)
             return False
         self.added.update(shards)
@@ -104,7 +115,8 @@ class Aggregator:
             tuple(sorted(set(range(self.shards)) - self.added)) if step == self.step else tuple(range(self.shards))
         )
         if missing:
-            return Report(step, float("nan"), float("nan"), float("nan"), 0.0, True, missing, 0), self.broadcast()
+            nan = float("nan")
+            return Report(step, nan, nan, nan, 0.0, True, missing, self.duplicates), self.broadcast()
         tasks, layout = self.config.task.meta_batch, self.blueprint.sums
         with one_thread():
             mean = layout.split(dequantise(layout, self.total, self.exponents) / tasks)

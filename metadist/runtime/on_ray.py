@@ -5,6 +5,7 @@ step's shards are handed out while the aggregator still takes the outer step: th
 θ where they are, not here.
 """
 
+import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -61,6 +62,7 @@ class OnRay:
         self.fingerprint: dict[str, str] = {}
         self.hardware: dict[str, Any] = {}
         self.pids: dict[str, int] = {}
+        self._called: dict[str, str] = {}
         self._actors: dict[str, Any] = {}
         self._arriving: dict[Any, str] = {}
         self._calls: dict[Any, tuple[str, tuple[Item, ...], Any]] = {}
@@ -69,6 +71,7 @@ class OnRay:
         self._born = self._deaths = self._recomputed = self._duplicates = 0
         self._evaluations = 0
         self._alone_since: float | None = None
+        self._complete = False
         self._group: Any = None
         self._places: list[int] = []
         self._place_of: dict[str, int] = {}
@@ -82,6 +85,7 @@ class OnRay:
             for _ in range(config.cluster.most):
                 self._hire()
             self._first_workers()
+            self._complete = True
         except BaseException:
             self.close()
             raise
@@ -164,8 +168,13 @@ class OnRay:
             self.say(f"refused a worker on {introduction.host} (process {introduction.pid}): it has {told}")
             return
         self.pids[name] = introduction.pid
-        self._shards.setdefault(str(introduction.pid), 0)
+        # Hosts have process ids of their own: two workers may have the same.
+        here = introduction.host == socket.gethostname()
+        self._called[name] = f"{introduction.pid}" if here else f"{introduction.pid}@{introduction.host}"
+        self._shards.setdefault(self._called[name], 0)
         self._dispatcher.join(name)
+        if self._complete:
+            self.say(f"worker {self._called[name]} joined; {self.workers} workers now")
 
     def _dismiss(self, name: str) -> None:
         actor = self._actors.pop(name, None)
@@ -189,7 +198,7 @@ class OnRay:
         self._deaths += 1
         if self._deaths >= MOST_DEATHS_IN_A_ROW:
             raise ClusterError(f"{self._deaths} workers died one after the other; the last one: {reason}")
-        self.say(f"worker {self.pids.get(name, name)} died ({reason}); {len(lost)} of its shards are computed again")
+        self.say(f"worker {self._called.get(name, name)} died ({reason}); {len(lost)} of its shards are computed again")
         self._hire()
 
     # --- handing out and taking in -------------------------------------------
@@ -296,9 +305,10 @@ class OnRay:
                 raise NotFinite(step, item.shard)
             self._dispatcher.again(name, item)
         if receipt.summed:
-            self._shards[str(receipt.pid)] = self._shards.get(str(receipt.pid), 0) + len(receipt.summed)
+            self._shards[self._called[name]] += len(receipt.summed)
             # Calls from one driver to one actor run in order, so this is counted before `apply`.
-            added = self._aggregator.add.remote(items[0].step, items[0].attempt, receipt.summed, q)
+            place = items[0].step, items[0].attempt
+            added = self._aggregator.add.remote(*place, receipt.summed, q, receipt.seal)
             self._acks.append(added)
 
     def apply(self, step: int) -> Later:
@@ -313,9 +323,9 @@ class OnRay:
                 found: Report = self.ray.get(report)
             except RayError as error:
                 raise _aggregator_lost(error, f"step {step}: ") from error
-            if found.missing:
-                raise AggregatorLost(f"step {step}: shards {found.missing} did not reach the aggregator")
             self._duplicates += found.duplicates
+            if found.missing:
+                raise AggregatorLost(f"step {step}: shards {found.missing} did not reach the aggregator whole")
             return found
 
         return later

@@ -21,7 +21,7 @@ from metadist.engine.engine import Engine
 from metadist.engine.exact import first_exponents
 from metadist.engine.fingerprint import fingerprint
 from metadist.engine.hardware import hardware
-from metadist.runtime.aggregator import Broadcast
+from metadist.runtime.aggregator import Broadcast, sealed
 
 
 class Introduction(NamedTuple):
@@ -40,7 +40,8 @@ class Receipt(NamedTuple):
 
     summed: the shards in the sum; not_finite: those that have no sum; exceeding: the tensors
     in which some shard is beyond the bound of the exact sum (it is not in the sum either);
-    current: whether the parameters were those of the step.
+    current: whether the parameters were those of the step; seal: of the sum, by which the
+    aggregator knows it.
     """
 
     pid: int
@@ -48,6 +49,7 @@ class Receipt(NamedTuple):
     not_finite: tuple[int, ...]
     exceeding: tuple[int, ...]
     current: bool
+    seal: int
 
 
 def open_tables(config: Config, paths: Sequence[str]) -> list[Table]:
@@ -93,7 +95,7 @@ class Worker:
     ) -> tuple[Receipt, np.ndarray]:
         """Some shards of one step and their integer sum; nothing is computed from a broadcast of another step."""
         if (broadcast.step, broadcast.attempt) != (step, attempt):
-            return Receipt(os.getpid(), (), (), (), False), np.zeros(0, dtype=np.int64)
+            return Receipt(os.getpid(), (), (), (), False, 0), np.zeros(0, dtype=np.int64)
         total, summed, not_finite, exceeding = None, [], [], set[int]()
         for shard in shards:
             part = self.engine.part(broadcast.values, broadcast.exponents, step, shard)
@@ -103,8 +105,9 @@ class Worker:
             elif not part.finite:
                 not_finite.append(shard)
             exceeding.update(part.exceeding if part.finite else ())
-        receipt = Receipt(os.getpid(), tuple(summed), tuple(not_finite), tuple(sorted(exceeding)), True)
-        return receipt, np.zeros(0, dtype=np.int64) if total is None else total
+        q = np.zeros(0, dtype=np.int64) if total is None else total
+        wrong = tuple(not_finite), tuple(sorted(exceeding))
+        return Receipt(os.getpid(), tuple(summed), *wrong, True, sealed(q)), q
 
     def judge(self, values: np.ndarray, judged: Config, split: str, first: int, tasks: int) -> dict[str, np.ndarray]:
         """Accuracy and loss of evaluation tasks first … first+tasks−1."""
