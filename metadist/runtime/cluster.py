@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 from metadist.config import Cluster
@@ -20,6 +21,8 @@ OBJECT_STORE_BYTES = 512 * 2**20
 
 DIRECT_BYTES = 4 * 2**20
 """Up to which results and arguments travel inside the calls of a local cluster."""
+
+_said_for_others: set[str] = set()
 
 
 def connect(cluster: Cluster) -> tuple[Any, bool]:
@@ -50,6 +53,7 @@ def connect(cluster: Cluster) -> tuple[Any, bool]:
             **quiet,  # type: ignore[arg-type]
         )
         return ray, True
+    _say_whether_there_is_a_token()
     _expect_answer(cluster)
     import ray
 
@@ -70,6 +74,9 @@ def disconnect() -> None:
     import ray
 
     ray.shutdown()
+    for name in _said_for_others:  # a cluster of our own, started later, is none of theirs
+        os.environ.pop(name, None)
+    _said_for_others.clear()
 
 
 def check_resources(ray: Any, cluster: Cluster) -> None:
@@ -114,6 +121,18 @@ def _close_the_door() -> None:
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
+def _say_whether_there_is_a_token() -> None:
+    """Ray's mode for a cluster that others started, unless the environment says it: with a token where there is one.
+
+    Left to itself, Ray decides by its version.
+    """
+    if "RAY_AUTH_MODE" not in os.environ:
+        named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+        there = named or (Path.home() / ".ray" / "auth_token").is_file()
+        os.environ["RAY_AUTH_MODE"] = "token" if there else "disabled"
+        _said_for_others.add("RAY_AUTH_MODE")
+
+
 def _expect_answer(cluster: Cluster) -> None:
     """Ask before `ray.init`, which waits for minutes at an address where nobody is."""
     address = cluster.address
@@ -138,5 +157,10 @@ def _expect_answer(cluster: Cluster) -> None:
         asked = subprocess.run(command, capture_output=True, timeout=max(5, deadline - time.monotonic()), check=False)
     except subprocess.TimeoutExpired:
         asked = None
+    if asked is not None and b"AuthenticationError" in asked.stdout + asked.stderr:
+        raise ClusterError(
+            f"cluster.address: the Ray cluster at {address} asks for a token, and this one is not its own; "
+            f"RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH names it"
+        )
     if asked is None or asked.returncode != 0:
         raise ClusterError(f"cluster.address: something listens at {address}, but it does not answer as a Ray cluster")
