@@ -1,13 +1,21 @@
 # make train: install, meta-train on the embedded data set, evaluate.   make test: install, run the tests.
+# make chaos [SEED=0 MINUTES=10]: a run under random faults; the report is in chaos/.
 PYTHON ?= python3
 METADIST := .venv/bin/metadist
 
-.PHONY: train test lint peers clean
+.PHONY: train test chaos lint peers clean
 train: .venv/installed
 	$(METADIST) train quickstart
 
 test: .venv/installed
 	.venv/bin/python -m pytest
+
+# The long form of the fault table, then a soak under random faults, compared with a calm run. Both want root for hosts.
+SEED ?= 0
+MINUTES ?= 10
+chaos: .venv/installed
+	.venv/bin/python -m pytest -m chaos tests/faults
+	.venv/bin/python -m tests.faults.chaos --seed $(SEED) --minutes $(MINUTES) --out chaos
 
 lint: .venv/installed
 	.venv/bin/ruff check .
