@@ -54,7 +54,7 @@ class Report(NamedTuple):
 
 def sealed(q: np.ndarray) -> int:
     """CRC-32 of a sum's bytes: what a worker says that it sent."""
-    return zlib.crc32(np.ascontiguousarray(q))
+    return zlib.crc32(np.ascontiguousarray(q).data)
 
 
 class Aggregator:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "cluster" / "lab"))
@@ -54,6 +55,45 @@ class InLab:
 
     def up(self) -> list[str]:
         return [name for name, host in self.lab.hosts.items() if lab_of.alive(host.pid)]
+
+
+class OnNodes:
+    """A driver on a cluster of several nodes of this machine, by Ray's own means for tests."""
+
+    def __init__(self, token: str) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+        self._before = {name: os.environ.get(name) for name in self.auth}
+        os.environ.update(self.auth)
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self.address: str = self.cluster.address
+        self.added: list[Any] = []
+
+    def add(self, cpus: int, mark: str) -> Any:
+        """One node more; its mark is a custom resource, one for each CPU."""
+        self.added.append(self.cluster.add_node(num_cpus=cpus, num_gpus=0, resources={mark: cpus}))
+        return self.added[-1]
+
+    def remove(self, node: Any) -> None:
+        """End a node as a power cut would."""
+        if node in self.added:
+            self.added.remove(node)
+            self.cluster.remove_node(node, allow_graceful=False)
+
+    def on(self, node: Any, name: str) -> list[int]:
+        """Process ids on one node whose command lines begin with a name."""
+        (raylet,) = node.all_processes["raylet"]
+        return [pid for pid, line in descendants(raylet.process.pid).items() if line.startswith(name)]
+
+    def start(self, words: Sequence[object], output: Path) -> "Driver":
+        return Driver([*COMMAND, *map(str, words)], environment() | self.auth, output, inside=False)
+
+    def down(self) -> None:
+        self.cluster.shutdown()
+        for name, value in self._before.items():
+            os.environ.pop(name, None)
+            os.environ.update({name: value} if value is not None else {})
 
 
 class Driver:
