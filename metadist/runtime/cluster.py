@@ -34,6 +34,8 @@ def connect(cluster: Cluster) -> tuple[Any, bool]:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     # Ray gives workers the lowest but four priorities; on a full machine everything else would go first.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # The calls that a death takes with it are computed again; Ray would print the traceback of each.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
     if cluster.address == "local":

@@ -44,6 +44,9 @@ JOB: dict[str, Any] = {
 CALM_SECONDS = (2.0, 8.0)
 """Between two faults; some come while the run still suffers from the one before."""
 
+HANGS = 150.0
+"""Seconds without a checkpoint that no fault explains."""
+
 KNOWN_ENDS = {0: "finished", 4: "cluster lost", -9: "killed", 137: "killed", 143: "SIGTERM", -15: "SIGTERM"}
 """Exit codes of a driver that are no defect; after any of them the run can be gone on with."""
 
@@ -69,6 +72,7 @@ class Soak:
         self.frozen: dict[int, float] = {}
         self.cut: dict[str, float] = {}
         self.said = 0
+        self.stood = 0, time.time()
         self.job = folder / "chaos.yaml"
         workers = "{min: 1, max: 3}" if isinstance(place, InLab) else "2"
         self.job.write_text(to_yaml(validate(JOB, "chaos")))
@@ -96,6 +100,15 @@ class Soak:
         self.said = len(self.driver.said)
         self.driver.end()
         self.driver = self.start()
+
+    def notice_a_hang(self) -> None:
+        """A run that stands still for minutes, although every cut cable and frozen process is mended by then."""
+        if self.step != self.stood[0]:
+            self.stood = self.step, time.time()
+        elif time.time() - self.stood[1] > HANGS:
+            self.unknown_ends.append(f"no step for {HANGS:g} s at step {self.step}:\n{self.said_since()[-2000:]}")
+            self.stood = self.step, time.time()
+            self.driver.signal(signal.SIGKILL)
 
     def said_since(self) -> str:
         return self.driver.said[self.said :]
@@ -139,12 +152,14 @@ class Soak:
         return ""
 
     def kill_driver(self) -> str:
+        told = f"process {self.driver.pid}"
         self.driver.signal(signal.SIGKILL)
-        return f"process {self.driver.pid}"
+        return told
 
     def preempt_driver(self) -> str:
+        told = f"process {self.driver.pid}"
         self.driver.signal(signal.SIGTERM)
-        return f"process {self.driver.pid}"
+        return told
 
     def damage_checkpoint(self) -> str:
         """One bit of the newest, and the driver with it: only a driver that starts reads it."""
@@ -216,6 +231,7 @@ class Soak:
         due, told = time.time() + 15, 0.0
         while time.time() < ends:
             self.keep_going()
+            self.notice_a_hang()
             self.mend()
             if time.time() > due:
                 (deed,) = self.drawn.choices(kinds, weights)

@@ -91,9 +91,16 @@ def test_hosts_come_and_go(
         wait_until(lambda: newest() > before or driver.process.poll() is not None, 90, "another checkpoint")
         assert driver.process.poll() is None, driver.said
 
+    def while_paused(condition: Callable[[], Any], what: str) -> None:
+        """Wait without steps: each one is computed a second time for the comparison."""
+        driver.signal(signal.SIGSTOP)
+        wait_until(condition, 90, what)
+        driver.signal(signal.SIGCONT)
+
     goes_on()
     for name in ("host-1", "host-2"):
         lab_of.add(place.lab, name)
+    while_paused(lambda: all(place.on(name, "ray::Worker") for name in ("host-1", "host-2")), "workers on both hosts")
     wait_for_line("3 workers now")
     goes_on()
     killed = time.time()
@@ -104,11 +111,13 @@ def test_hosts_come_and_go(
     lab_of.cut(place.lab, "host-1")
     wait_for_line("@host-1 died")
     goes_on()
+    before = set(place.on("host-1", "ray::Worker"))
     lab_of.heal(place.lab, "host-1")
+    while_paused(lambda: set(place.on("host-1", "ray::Worker")) - before, "a worker on the healed host")
     wait_for_line("@host-1 joined", 2)
     (worker,) = place.on("host-1", "ray::Worker")
-    before = seconds_computed(worker)
-    wait_until(lambda: seconds_computed(worker) > before + 0.3, 30, "work for the healed host")
+    started = seconds_computed(worker)
+    wait_until(lambda: seconds_computed(worker) > started + 0.3, 30, "work for the healed host")
     assert_calm_bits(driver, run, newest, tiny)
     measured("host killed, one of three", longest_gap(run, killed, killed + 8))
     measured("network of a host cut, one of two", longest_gap(run, cut, cut + 8))
