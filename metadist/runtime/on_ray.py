@@ -131,13 +131,13 @@ class OnRay:
         cluster = self.config.cluster
         deadline, told = time.monotonic() + cluster.timeout, time.monotonic()
         # Workers started together take part together, so that each has some of the first shards.
-        while self.workers < max(cluster.least, room(self.ray, cluster)) and self._arriving:
+        while self.workers < (wanted := max(cluster.least, room(self.ray, cluster))) and self._arriving:
             self._events()
             if time.monotonic() > deadline and self.workers >= 1:
                 break
             if time.monotonic() > told + WAITING:
                 told = time.monotonic()
-                self.say(f"waiting for workers: {self.workers} of {cluster.least} are there; {self._free()}")
+                self.say(f"waiting for workers: {self.workers} of {wanted} are there; {self._free()}")
         if self.workers < cluster.least and self._arriving:
             self.say(f"going on with {self.workers} of {cluster.least} workers; others join when they can")
 
