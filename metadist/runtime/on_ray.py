@@ -5,6 +5,7 @@ step's shards are handed out while the aggregator still takes the outer step: th
 θ where they are, not here.
 """
 
+import math
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from metadist.runtime.worker import Introduction, Receipt, Worker
 from metadist.tasks.samplers import training_tasks
 
 WAITING = 10.0
-"""Seconds between two lines about what is waited for."""
+"""Seconds between two lines about what is waited for, and those for workers that the run can begin without."""
 
 MOST_DEATHS_IN_A_ROW = 5
 """Workers that may die one after the other before any of them finishes anything."""
@@ -127,13 +128,16 @@ class OnRay:
         self._arriving[self._actors[name].introduce.remote()] = name
 
     def _first_workers(self) -> None:
-        """Wait for as many workers as the run needs, and in the same moment for those that come with them."""
+        """Wait for as many workers as the run needs, and some seconds for those that come with them."""
         cluster = self.config.cluster
         deadline, told = time.monotonic() + cluster.timeout, time.monotonic()
+        enough = math.inf
         # Workers started together take part together, so that each has some of the first shards.
         while self.workers < (wanted := max(cluster.least, room(self.ray, cluster))) and self._arriving:
             self._events()
-            if time.monotonic() > deadline and self.workers >= 1:
+            if self.workers >= cluster.least:  # the rest of the room may be another run's
+                enough = min(enough, time.monotonic())
+            if time.monotonic() > min(deadline, enough + WAITING) and self.workers >= 1:
                 break
             if time.monotonic() > told + WAITING:
                 told = time.monotonic()

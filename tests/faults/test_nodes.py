@@ -127,6 +127,17 @@ def test_a_run_that_has_to_wait_says_what_for(
     reaches(second, "second")
 
 
+def test_a_run_does_not_wait_for_room_that_another_one_has(
+    node: Callable[..., Any], start: Callable[..., Driver], reaches: Callable[..., None]
+) -> None:
+    """It has as many workers as it needs: it begins, although the cluster is large enough for one more."""
+    node(2, "shared")
+    first = start("first", "shared", "cluster.workers=1")
+    reaches(first, "first")
+    second = start("second", "shared", "cluster.workers={min: 1, max: 2}", "cluster.timeout=1000")
+    reaches(second, "second")
+
+
 def test_what_can_never_be_is_refused(node: Callable[..., Any], start: Callable[..., Driver]) -> None:
     node(1, "one")
     for mark, words in (("two", "1 two each need 1, the cluster"), ("one", "1 one each need 2, the cluster")):
