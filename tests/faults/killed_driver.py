@@ -1,7 +1,7 @@
-"""`python killed_driver.py JOB RUN N N …`: trains, and kills itself with SIGKILL right before its N-th act.
+"""`python killed_driver.py JOB RUN:N,N,… RUN:N,N,…`: trains, and kills itself with SIGKILL right before its N-th act.
 
 An act is a call by which the driver's protocol moves on or its files change. Each N is one process; a process that
-finds a run folder goes on with it. One that comes to its end is the last. Prints a line for each.
+finds a run folder goes on with it. One that comes to its end is the last of its run. Prints a line for each.
 """
 
 import os
@@ -81,24 +81,29 @@ def one_process(job: Path, run: Path, number: int, ray: bool) -> None:
 
 def main() -> None:
     """Fork once for each number, so that torch is imported once."""
-    job, run, *numbers = sys.argv[1:]
+    job, *runs = sys.argv[1:]
     torch.set_num_threads(1)
     ray = load(Path(job)).cluster.most > 0
-    for number in map(int, numbers):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                one_process(Path(job), Path(run), number, ray)
-                code = 0
-            except BaseException:  # noqa: BLE001, this process has no other end
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        if os.WIFEXITED(status):
-            sys.exit(os.WEXITSTATUS(status))
-    sys.exit("it was killed every time")
+    for word in runs:
+        run, _, numbers = word.rpartition(":")
+        for number in map(int, numbers.split(",")):
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    one_process(Path(job), Path(run), number, ray)
+                    code = 0
+                except BaseException:  # noqa: BLE001, this process has no other end
+                    traceback.print_exc()
+                finally:
+                    os._exit(code)
+            _, status = os.waitpid(child, 0)
+            if os.WIFEXITED(status):
+                if os.WEXITSTATUS(status):
+                    sys.exit(f"{run}: it failed before act {number}")
+                break
+        else:
+            sys.exit(f"{run}: it was killed every time")
 
 
 if __name__ == "__main__":
