@@ -2,12 +2,15 @@
 
 import contextlib
 import os
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "cluster" / "lab"))
@@ -58,42 +61,57 @@ class InLab:
 
 
 class OnNodes:
-    """A driver on a cluster of several nodes of this machine, by Ray's own means for tests."""
+    """A driver on a cluster of several Ray nodes of this machine, which share its address."""
 
-    def __init__(self, token: str) -> None:
-        from ray.cluster_utils import Cluster
+    def __init__(self, folder: Path, port: int, client_port: int) -> None:
+        self.folder, self.address = folder, f"127.0.0.1:{port}"
+        self.auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self.temporary = tempfile.mkdtemp(prefix="mdray")  # short: Ray makes sockets in it
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        self._start(
+            "--head", f"--port={port}", f"--ray-client-server-port={client_port}", "--include-dashboard=false",
+            "--num-cpus=0", f"--temp-dir={self.temporary}",
+        )  # fmt: skip
 
-        self.auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-        self._before = {name: os.environ.get(name) for name in self.auth}
-        os.environ.update(self.auth)
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        self.address: str = self.cluster.address
-        self.added: list[Any] = []
-
-    def add(self, cpus: int, mark: str) -> Any:
+    def add(self, cpus: int, mark: str) -> "subprocess.Popen[bytes]":
         """One node more; its mark is a custom resource, one for each CPU."""
-        self.added.append(self.cluster.add_node(num_cpus=cpus, num_gpus=0, resources={mark: cpus}))
-        return self.added[-1]
+        return self._start(f"--address={self.address}", f"--num-cpus={cpus}", f'--resources={{"{mark}": {cpus}}}')
 
-    def remove(self, node: Any) -> None:
+    def _start(self, *words: str) -> "subprocess.Popen[bytes]":
+        command = [
+            sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *words, "--node-ip-address=127.0.0.1",
+            "--num-gpus=0", f"--object-store-memory={100 * 2**20}", "--disable-usage-stats",
+            "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0",
+        ]  # fmt: skip
+        log = self.folder / f"node-{len(self.nodes)}.txt"
+        with log.open("w") as file:
+            node = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment() | self.auth, start_new_session=True
+            )
+        self.nodes.append(node)
+        until = time.monotonic() + 90
+        while "Ray runtime started" not in log.read_text():
+            assert node.poll() is None and time.monotonic() < until, log.read_text()
+            time.sleep(0.1)
+        return node
+
+    def remove(self, node: "subprocess.Popen[bytes]") -> None:
         """End a node as a power cut would."""
-        if node in self.added:
-            self.added.remove(node)
-            self.cluster.remove_node(node, allow_graceful=False)
+        if node in self.nodes:
+            self.nodes.remove(node)
+            end(node)
 
-    def on(self, node: Any, name: str) -> list[int]:
+    def on(self, node: "subprocess.Popen[bytes]", name: str) -> list[int]:
         """Process ids on one node whose command lines begin with a name."""
-        (raylet,) = node.all_processes["raylet"]
-        return [pid for pid, line in descendants(raylet.process.pid).items() if line.startswith(name)]
+        return [pid for pid, line in descendants(node.pid).items() if line.startswith(name)]
 
     def start(self, words: Sequence[object], output: Path) -> "Driver":
         return Driver([*COMMAND, *map(str, words)], environment() | self.auth, output, inside=False)
 
     def down(self) -> None:
-        self.cluster.shutdown()
-        for name, value in self._before.items():
-            os.environ.pop(name, None)
-            os.environ.update({name: value} if value is not None else {})
+        for node in reversed(self.nodes):
+            end(node)
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
 
 class Driver:
@@ -124,11 +142,15 @@ class Driver:
 
     def end(self) -> None:
         """SIGKILL to it and all that it started."""
-        started = [self.process.pid, *descendants(self.process.pid)]
-        for pid in started:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.process.wait(20)
+        end(self.process)
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """SIGKILL to a process and all that it started, by process id."""
+    for pid in [process.pid, *descendants(process.pid)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait(20)
 
 
 def descendants(pid: int) -> dict[int, str]:

@@ -1,6 +1,5 @@
 """Several Ray nodes on one machine, without root: workers that come and go, are placed, wait and are refused."""
 
-import secrets
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,9 +19,9 @@ ENDLESS = ("outer.steps=1000000", "checkpoint.every=50", "eval.every=0", "eval.t
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[OnNodes]:
+def nodes(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> Iterator[OnNodes]:
     """A head without CPUs; each test adds the nodes that it needs, and takes them away again."""
-    place = OnNodes(secrets.token_hex(32))
+    place = OnNodes(tmp_path_factory.mktemp("nodes"), free_port(), free_port())
     yield place
     place.down()
 
@@ -103,11 +102,10 @@ def test_placement(
     reaches: Callable[..., None],
 ) -> None:  # fmt: skip
     """Two workers where two nodes have room for both of them."""
-    for _ in range(2):
-        node(2, placement)
+    two = [node(2, placement) for _ in range(2)]
     driver = start("run", placement, "cluster.workers=2", f"cluster.placement={placement}")
     reaches(driver, "run")
-    held = [len(nodes.on(one, "ray::Worker")) for one in nodes.added]
+    held = [len(nodes.on(one, "ray::Worker")) for one in two]
     assert sum(held) == 2
     assert sum(count > 0 for count in held) == different
 
