@@ -136,9 +136,11 @@ class Driver:
         return self.output.read_text()
 
     def signal(self, number: signal.Signals) -> None:
-        if self.pid is not None:
+        # What entered the host stops when its child is stopped, and has to be continued with it.
+        pids = {self.pid, self.process.pid} if number == signal.SIGCONT else {self.pid}
+        for pid in pids - {None}:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
+                os.kill(pid, number)
 
     def end(self) -> None:
         """SIGKILL to it and all that it started."""
