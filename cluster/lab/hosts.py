@@ -137,6 +137,9 @@ def add(lab: Lab, name: str) -> Host:
     lab.save()
     ours = os.readlink("/proc/self/ns/net")
     _until(lambda: os.readlink(f"/proc/{root.pid}/ns/net") != ours, 5, f"{name}: no namespace")
+    if Path(f"/sys/class/net/{link}").exists():  # the kernel takes its time over the cable of a host that was killed
+        with contextlib.suppress(LabError):
+            _ip("link", "delete", link)
     _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(root.pid))
     _ip("link", "set", link, "master", lab.bridge, "up")
     return lab.hosts[name]
