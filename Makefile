@@ -1,8 +1,9 @@
 # make train: install, meta-train on the embedded data set, evaluate.   make test: install, run the tests.
+# make chaos [SEED=0 MINUTES=10]: a run under random faults; the report is in chaos/.
 PYTHON ?= python3
 METADIST := .venv/bin/metadist
 
-.PHONY: train test lint peers clean
+.PHONY: train test chaos lint peers clean
 train: .venv/installed
 	$(METADIST) train quickstart
 
@@ -10,6 +11,13 @@ train: .venv/installed
 test: .venv/installed
 	.venv/bin/python -m pytest -n 2 --dist worksteal -m "not cluster and not own_cluster"
 	.venv/bin/python -m pytest -m "cluster or own_cluster"
+
+# The long form of the fault table, then a soak under random faults, compared with a calm run. Both want root for hosts.
+SEED ?= 0
+MINUTES ?= 10
+chaos: .venv/installed
+	.venv/bin/python -m pytest -m chaos tests/faults
+	.venv/bin/python -m tests.faults.chaos --seed $(SEED) --minutes $(MINUTES) --out chaos
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -14,9 +14,10 @@ from metadist.errors import StorageError
 
 REFUSALS = {
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG,
-    errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
+    errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT, errno.ENODEV, errno.ESTALE, errno.ENOTCONN,
+    errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN,
 }  # fmt: skip
-"""What a disk or a folder says that does not take our files."""
+"""What a disk or a folder says that does not take our files, or is not there any more."""
 
 
 @contextmanager

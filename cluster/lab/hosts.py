@@ -58,6 +58,7 @@ class Lab:
     def save(self) -> None:
         path = Path(self.folder) / "lab.json"
         new = path.with_suffix(".new")
+        new.touch(mode=0o600)  # Ray's token is in it
         new.write_text(json.dumps(asdict(self), indent=2))
         new.replace(path)
 
@@ -84,10 +85,7 @@ def up(folder: Path, hosts: int, cpus: int = 2, environment: Mapping[str, str] |
         raise LabError(reason)
     if (folder / "lab.json").exists():
         raise LabError(f"{folder}: holds a lab; `down` it first, or name another --folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    number = next(n for n in range(256) if not Path(f"/sys/class/net/mdlab{n}").exists())
-    told = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **QUICK, **(environment or {})}
-    lab = Lab(str(folder), f"10.77.{number}", f"mdlab{number}", cpus, told)
+    lab = new_lab(folder, cpus, environment or {})
     _ip("link", "add", lab.bridge, "type", "bridge")
     try:
         _ip("link", "set", lab.bridge, "up")
@@ -98,6 +96,14 @@ def up(folder: Path, hosts: int, cpus: int = 2, environment: Mapping[str, str] |
         down(lab)
         raise
     return lab
+
+
+def new_lab(folder: Path, cpus: int, environment: Mapping[str, str]) -> Lab:
+    """A lab without hosts, with a token of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = next(n for n in range(256) if not Path(f"/sys/class/net/mdlab{n}").exists())
+    told = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **QUICK, **environment}
+    return Lab(str(folder), f"10.77.{number}", f"mdlab{number}", cpus, told)
 
 
 def open_lab(folder: Path) -> Lab:
@@ -131,6 +137,9 @@ def add(lab: Lab, name: str) -> Host:
     lab.save()
     ours = os.readlink("/proc/self/ns/net")
     _until(lambda: os.readlink(f"/proc/{root.pid}/ns/net") != ours, 5, f"{name}: no namespace")
+    if Path(f"/sys/class/net/{link}").exists():  # the kernel takes its time over the cable of a host that was killed
+        with contextlib.suppress(LabError):
+            _ip("link", "delete", link)
     _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(root.pid))
     _ip("link", "set", link, "master", lab.bridge, "up")
     return lab.hosts[name]

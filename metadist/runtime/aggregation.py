@@ -15,10 +15,11 @@ from typing import Any
 from metadist.config import Config
 from metadist.engine.engine import Blueprint
 from metadist.runtime.aggregator import Aggregator, Position, Report, Snapshot, joined
-from metadist.runtime.combiner import Combiner
+from metadist.runtime.combiner import Combiner, Gathered
 from metadist.runtime.cut import cut
 from metadist.runtime.linger import expect_another_call
 from metadist.runtime.runtime import AggregatorLost, Later, Say
+from metadist.runtime.worker import Receipt
 
 NAMESPACE = "metadist"
 
@@ -128,39 +129,43 @@ class Aggregation:
 
     # --- a step --------------------------------------------------------------
 
-    def add(self, step: int, attempt: int, shards: Collection[int], sums: Sequence[Any], node: str | None) -> None:
-        """Send the sums of some shards, one reference for each piece, on their way."""
+    def add(self, step: int, attempt: int, receipt: Receipt, sums: Sequence[Any], node: str | None) -> None:
+        """Send the sums of a receipt's shards, one reference for each piece, on their way."""
         if self._tree and node is not None:
             if node not in self._combiners:
                 self._combiners[node] = self._combiner(node)
-            self._there[node].update(shards)
-            self._combiners[node].add.remote(step, attempt, shards, *sums)
-            return
+            self._there[node].update(receipt.summed)
+            self._combiners[node].add.remote(step, attempt, receipt.summed, receipt.seals, *sums)
+        else:
+            self._send(step, attempt, receipt.summed, receipt.seals, sums)
+
+    def _send(
+        self, step: int, attempt: int, shards: Collection[int], seals: Sequence[int], sums: Sequence[Any]
+    ) -> None:
         # Calls from one driver to one actor run in order, so these are counted before `apply`.
-        for actor, one in zip(self._actors, sums, strict=True):
-            self._acks.append(actor.add.remote(step, attempt, shards, one))
+        for actor, one, seal in zip(self._actors, sums, seals, strict=True):
+            self._acks.append(actor.add.remote(step, attempt, shards, one, seal))
 
     def gather(self, step: int, attempt: int) -> set[int]:
         """When all shards are sent: bring the sums of the nodes to the aggregators; shards that were lost there."""
         from ray.exceptions import RayError
 
         asked = {}
-        for node, shards in self._there.items():
-            if shards:
-                collect = self._combiners[node].collect.options(num_returns=1 + len(self.pieces))
-                asked[node] = collect.remote(step, attempt, len(self.pieces))
+        for node in self._there:
+            collect = self._combiners[node].collect.options(num_returns=1 + len(self.pieces))
+            asked[node] = collect.remote(step, attempt, len(self.pieces))
         lost: set[int] = set()
-        for node, (there, *sums) in asked.items():
+        for node, (told, *sums) in asked.items():
             expected = self._there.pop(node)
             try:
-                found = set(self.ray.get(there))
+                gathered: Gathered = self.ray.get(told)
             except RayError as error:
                 self.say(f"the sum of a node was lost ({first_line(error)}); its shards are computed again")
                 del self._combiners[node]
-                found = set()
-            lost |= expected - found
-            if found:
-                self.add(step, attempt, sorted(found), sums, None)
+                gathered = Gathered((), ())
+            lost |= expected.difference(gathered.shards)
+            if gathered.shards:
+                self._send(step, attempt, gathered.shards, gathered.seals, sums)
         return lost
 
     def redo(self, step: int, attempt: int, exceeding: Iterable[int]) -> None:
@@ -184,7 +189,7 @@ class Aggregation:
             except RayError as error:
                 raise aggregator_lost(error, f"step {step}: ") from error
             if found.missing:
-                raise AggregatorLost(f"step {step}: shards {found.missing} did not reach the aggregator")
+                raise AggregatorLost(f"step {step}: shards {found.missing} did not reach the aggregator whole")
             return found
 
         return later

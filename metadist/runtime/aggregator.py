@@ -3,6 +3,7 @@
 A plain class. It runs in the driver's process or, unchanged, as a Ray actor.
 """
 
+import zlib
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
@@ -72,6 +73,12 @@ class Position(NamedTuple):
     reports: tuple[Report, ...]
 
 
+def sealed(q: np.ndarray) -> int:
+    """What a worker says that it sent: the elements' sum, around the end of int64, or of a payload its CRC-32."""
+    # A sum is as quick as memory, and every flipped bit moves it; a CRC of integers would cost more than adding them.
+    return int(np.add.reduce(q)) if q.dtype == np.int64 else zlib.crc32(np.ascontiguousarray(q).data)
+
+
 class Aggregator:
     """θ, the running state, the optimizer and the sum of the current step; or a piece of them.
 
@@ -116,19 +123,27 @@ class Aggregator:
         values = self.piece.values.flatten(self.outer.theta | self.state)
         return Broadcast(self.step, self.attempt, values.numpy(), self.exponents)
 
-    def add(self, step: int, attempt: int, shards: Collection[int], q: np.ndarray) -> bool:
+    def add(self, step: int, attempt: int, shards: Collection[int], q: np.ndarray, seal: int | None = None) -> bool:
         """Count the sum of some shards. A late one, or one with a shard that is counted, is dropped: False.
 
+        So is one that is not what its worker sent: of another size or type, or without its `seal`.
         q: int64 [total], or their payloads one behind the other, uint8.
         """
         self.bytes += q.nbytes
-        if (step, attempt) != (self.step, self.attempt) or not self.added.isdisjoint(shards):
+        late = (step, attempt) != (self.step, self.attempt) or not self.added.isdisjoint(shards)
+        if late or not self._of_its_kind(q, len(shards)) or (seal is not None and seal != sealed(q)):
             self.duplicates += len(shards)
             return False
         self.added.update(shards)
         for part in self._integers(q, len(shards)):
             self.total += part
         return True
+
+    def _of_its_kind(self, q: np.ndarray, shards: int) -> bool:
+        compression = self.piece.compression
+        if compression is None:
+            return q.shape == self.total.shape and q.dtype == self.total.dtype
+        return q.shape == (shards * sum(compression.sizes),) and q.dtype == np.uint8
 
     def _integers(self, q: np.ndarray, shards: int) -> list[np.ndarray]:
         """What is added: the sum as it came, or what each payload decompresses to, which the worker has seen to fit."""
@@ -164,7 +179,8 @@ class Aggregator:
         """
         missing = self._missing(step)
         if missing:
-            return Report(step, float("nan"), float("nan"), float("nan"), 0.0, True, missing, 0), self.broadcast()
+            nan = float("nan")
+            return Report(step, nan, nan, nan, 0.0, True, missing, self.duplicates), self.broadcast()
         mean, duplicates, received = self._summed(), self.duplicates, self.bytes
         self.exponents = next_exponents(self.piece.sums, self.total, self.exponents)
         report = self.move(mean, [one for piece in squares for one in piece] or None)

@@ -91,7 +91,7 @@ class Asynchronous(OnRay):
                     raise NotFinite(*divmod(call.number, self._per_step))
             elif self._ledger.take(call, pid):
                 self._taken.append(sums)
-                self._shards[str(pid)] = self._shards.get(str(pid), 0) + 1
+                self._shards[self._called[worker]] += 1
 
     # --- a step --------------------------------------------------------------
 

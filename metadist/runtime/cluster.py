@@ -22,6 +22,8 @@ OBJECT_STORE_BYTES = 512 * 2**20
 DIRECT_BYTES = 4 * 2**20
 """Up to which results and arguments travel inside the calls of a local cluster."""
 
+_said_for_others: set[str] = set()
+
 
 def connect(cluster: Cluster) -> tuple[Any, bool]:
     """Ray's module, connected, and whether this call connected it, so that its caller disconnects.
@@ -32,6 +34,8 @@ def connect(cluster: Cluster) -> tuple[Any, bool]:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     # Ray gives workers the lowest but four priorities; on a full machine everything else would go first.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # The calls that a death takes with it are computed again; Ray would print the traceback of each.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
     if cluster.address == "local":
@@ -51,6 +55,7 @@ def connect(cluster: Cluster) -> tuple[Any, bool]:
             **quiet,  # type: ignore[arg-type]
         )
         return ray, True
+    _say_whether_there_is_a_token()
     _expect_answer(cluster)
     import ray
 
@@ -80,6 +85,9 @@ def disconnect() -> None:
     import ray
 
     ray.shutdown()
+    for name in _said_for_others:  # a cluster of our own, started later, is none of theirs
+        os.environ.pop(name, None)
+    _said_for_others.clear()
 
 
 def check_resources(ray: Any, cluster: Cluster) -> None:
@@ -131,6 +139,18 @@ def _close_the_door() -> None:
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
+def _say_whether_there_is_a_token() -> None:
+    """Ray's mode for a cluster that others started, unless the environment says it: with a token where there is one.
+
+    Left to itself, Ray decides by its version.
+    """
+    if "RAY_AUTH_MODE" not in os.environ:
+        named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+        there = named or (Path.home() / ".ray" / "auth_token").is_file()
+        os.environ["RAY_AUTH_MODE"] = "token" if there else "disabled"
+        _said_for_others.add("RAY_AUTH_MODE")
+
+
 def _expect_answer(cluster: Cluster) -> None:
     """Ask before `ray.init`, which waits for minutes at an address where nobody is."""
     address = cluster.address
@@ -155,5 +175,10 @@ def _expect_answer(cluster: Cluster) -> None:
         asked = subprocess.run(command, capture_output=True, timeout=max(5, deadline - time.monotonic()), check=False)
     except subprocess.TimeoutExpired:
         asked = None
+    if asked is not None and b"AuthenticationError" in asked.stdout + asked.stderr:
+        raise ClusterError(
+            f"cluster.address: the Ray cluster at {address} asks for a token, and this one is not its own; "
+            f"RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH names it"
+        )
     if asked is None or asked.returncode != 0:
         raise ClusterError(f"cluster.address: something listens at {address}, but it does not answer as a Ray cluster")

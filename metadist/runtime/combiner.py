@@ -5,10 +5,19 @@ taken here as well as at the aggregator; over the network goes one sum for each 
 (`outer.compression`) do not add up without their exponents: they are passed on in one piece.
 """
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from metadist.runtime.aggregator import sealed
+
+
+class Gathered(NamedTuple):
+    """What a node's sums are of, and their seals."""
+
+    shards: tuple[int, ...]
+    seals: tuple[int, ...]
 
 
 class Combiner:
@@ -19,8 +28,10 @@ class Combiner:
         self._shards: list[int] = []
         self._totals: list[np.ndarray] = []
 
-    def add(self, step: int, attempt: int, shards: Collection[int], *sums: np.ndarray) -> bool:
-        """Take in the sum of some shards; a late one, or one with a shard that is in, is dropped: False."""
+    def add(self, step: int, attempt: int, shards: Collection[int], seals: Sequence[int], *sums: np.ndarray) -> bool:
+        """Take in the sum of some shards. A late one, one with a shard that is in, a damaged one is dropped: False."""
+        if tuple(seals) != tuple(map(sealed, sums)):
+            return False
         if (step, attempt) < self._of or ((step, attempt) == self._of and not set(self._shards).isdisjoint(shards)):
             return False
         if (step, attempt) > self._of:
@@ -32,7 +43,7 @@ class Combiner:
         return True
 
     def collect(self, step: int, attempt: int, pieces: int) -> tuple[Any, ...]:
-        """The shards that are in, and their sums; of another step nothing is in."""
+        """What is in (Gathered), and the sums; of another step nothing is in."""
         if (step, attempt) != self._of:
-            return (), *(np.zeros(0, dtype=np.int64) for _ in range(pieces))
-        return tuple(self._shards), *self._totals
+            return Gathered((), ()), *(np.zeros(0, dtype=np.int64) for _ in range(pieces))
+        return Gathered(tuple(self._shards), tuple(map(sealed, self._totals))), *self._totals

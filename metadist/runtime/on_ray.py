@@ -5,6 +5,8 @@ step's shards are handed out while the aggregator still takes the outer step: th
 θ where they are, not here.
 """
 
+import math
+import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -27,7 +29,7 @@ from metadist.runtime.runtime import AggregatorLost, Counts, Later, NotFinite, S
 from metadist.runtime.worker import Introduction, Receipt, Worker
 
 WAITING = 10.0
-"""Seconds between two lines about what is waited for."""
+"""Seconds between two lines about what is waited for, and those for workers that the run can begin without."""
 
 MOST_DEATHS_IN_A_ROW = 5
 """Workers that may die one after the other before any of them finishes anything."""
@@ -65,6 +67,7 @@ class OnRay:
         self.fingerprint: dict[str, str] = {}
         self.hardware: dict[str, Any] = {}
         self.pids: dict[str, int] = {}
+        self._called: dict[str, str] = {}
         self._actors: dict[str, Any] = {}
         self._arriving: dict[Any, str] = {}
         self._calls: dict[Any, tuple[str, tuple[Item, ...], Any]] = {}
@@ -75,6 +78,7 @@ class OnRay:
         self._alone_since: float | None = None
         self._asked: dict[str, Any] = {}
         self._nodes: dict[str, str] = {}
+        self._complete = False
         self._group: Any = None
         self._places: list[int] = []
         self._place_of: dict[str, int] = {}
@@ -92,6 +96,7 @@ class OnRay:
             for _ in range(config.cluster.most):
                 self._hire()
             self._first_workers()
+            self._complete = True
         except BaseException:
             self.close()
             raise
@@ -143,17 +148,20 @@ class OnRay:
         self._arriving[self._actors[name].introduce.remote()] = name
 
     def _first_workers(self) -> None:
-        """Wait for as many workers as the run needs, and in the same moment for those that come with them."""
+        """Wait for as many workers as the run needs, and some seconds for those that come with them."""
         cluster = self.config.cluster
         deadline, told = time.monotonic() + cluster.timeout, time.monotonic()
+        enough = math.inf
         # Workers started together take part together, so that each has some of the first shards.
-        while self.workers < max(cluster.least, room(self.ray, cluster)) and self._arriving:
+        while self.workers < (wanted := max(cluster.least, room(self.ray, cluster))) and self._arriving:
             self._events()
-            if time.monotonic() > deadline and self.workers >= 1:
+            if self.workers >= cluster.least:  # the rest of the room may be another run's
+                enough = min(enough, time.monotonic())
+            if time.monotonic() > min(deadline, enough + WAITING) and self.workers >= 1:
                 break
             if time.monotonic() > told + WAITING:
                 told = time.monotonic()
-                self.say(f"waiting for workers: {self.workers} of {cluster.least} are there; {free(self.ray, cluster)}")
+                self.say(f"waiting for workers: {self.workers} of {wanted} are there; {free(self.ray, cluster)}")
         if self.workers < cluster.least and self._arriving:
             self.say(f"going on with {self.workers} of {cluster.least} workers; others join when they can")
 
@@ -182,8 +190,13 @@ class OnRay:
         if name in self._asked:
             self._nodes[name] = self.ray.get(self._asked.pop(name))
         self.pids[name] = introduction.pid
-        self._shards.setdefault(str(introduction.pid), 0)
+        # Hosts have process ids of their own: two workers may have the same.
+        here = introduction.host == socket.gethostname()
+        self._called[name] = f"{introduction.pid}" if here else f"{introduction.pid}@{introduction.host}"
+        self._shards.setdefault(self._called[name], 0)
         self._dispatcher.join(name)
+        if self._complete:
+            self.say(f"worker {self._called[name]} joined; {self.workers} workers now")
 
     def _dismiss(self, name: str) -> None:
         actor = self._actors.pop(name, None)
@@ -207,7 +220,7 @@ class OnRay:
         self._deaths += 1
         if self._deaths >= MOST_DEATHS_IN_A_ROW:
             raise ClusterError(f"{self._deaths} workers died one after the other; the last one: {reason}")
-        self.say(f"worker {self.pids.get(name, name)} died ({reason}); {len(lost)} of its shards are computed again")
+        self.say(f"worker {self._called.get(name, name)} died ({reason}); {len(lost)} of its shards are computed again")
         self._hire()
 
     def _given_back(self, name: str) -> list[Item]:
@@ -332,8 +345,8 @@ class OnRay:
                 raise NotFinite(step, item.shard)
             self._dispatcher.again(name, item)
         if receipt.summed:
-            self._shards[str(receipt.pid)] = self._shards.get(str(receipt.pid), 0) + len(receipt.summed)
-            self._sums.add(items[0].step, items[0].attempt, receipt.summed, sums, self._nodes.get(name))
+            self._shards[self._called[name]] += len(receipt.summed)
+            self._sums.add(items[0].step, items[0].attempt, receipt, sums, self._nodes.get(name))
 
     def _near(self, item: Item) -> str | None:
         """The worker that has what a lane carries, where lanes carry something."""

@@ -35,8 +35,8 @@ class NotFinite(MetadistError):
 class Counts(NamedTuple):
     """What happened so far, for progress and result.
 
-    shards: by worker, as `PID`; recomputed: shards computed more than once; duplicates:
-    results dropped.
+    shards: by worker, as `PID` on the driver's host, `PID@HOST` on others; recomputed: shards
+    computed more than once; duplicates: results dropped.
     """
 
     shards: dict[str, int]

@@ -23,7 +23,7 @@ from metadist.engine.engine import Engine, Lane
 from metadist.engine.exact import first_exponents
 from metadist.engine.fingerprint import fingerprint
 from metadist.engine.hardware import hardware
-from metadist.runtime.aggregator import Broadcast
+from metadist.runtime.aggregator import Broadcast, sealed
 from metadist.runtime.cut import assembled, cut, gathered_exponents
 
 
@@ -43,7 +43,8 @@ class Receipt(NamedTuple):
 
     summed: the shards in the sum; not_finite: those that have no sum; exceeding: the tensors
     in which some shard is beyond the bound of the exact sum (it is not in the sum either);
-    current: whether the parameters were those of the step.
+    current: whether the parameters were those of the step; seals: of the sum's parts, by which
+    the aggregators know them.
     """
 
     pid: int
@@ -51,6 +52,7 @@ class Receipt(NamedTuple):
     not_finite: tuple[int, ...]
     exceeding: tuple[int, ...]
     current: bool
+    seals: tuple[int, ...]
 
 
 def open_tables(config: Config, paths: Sequence[str]) -> list[Table]:
@@ -108,7 +110,7 @@ class Worker:
         lanes: tuple[Lane, ...] = others[len(pieces) - 1 :]
         none = np.zeros(0, dtype=np.int64)
         if any((one.step, one.attempt) != (step, attempt) for one in broadcasts):
-            return Receipt(os.getpid(), (), (), (), False), *(none for _ in pieces), *lanes
+            return Receipt(os.getpid(), (), (), (), False, ()), *(none for _ in pieces), *lanes
         values = assembled(pieces, [one.values for one in broadcasts], self.engine.blueprint.values.total)
         exponents = gathered_exponents(pieces, [one.exponents for one in broadcasts])
         parts, after, summed, not_finite, exceeding = [], [], [], [], set[int]()
@@ -121,9 +123,10 @@ class Worker:
                 not_finite.append(shard)
             exceeding.update(part.exceeding if part.finite else ())
             after.append(carried)
-        receipt = Receipt(os.getpid(), tuple(summed), tuple(not_finite), tuple(sorted(exceeding)), True)
         total = self._together(parts)
         sums = [none if total is None else piece.part(total, len(parts)) for piece in pieces]
+        wrong = tuple(not_finite), tuple(sorted(exceeding))
+        receipt = Receipt(os.getpid(), tuple(summed), *wrong, True, tuple(sealed(one) for one in sums))
         return receipt, *sums, *after[: len(lanes)]
 
     def _together(self, parts: list[np.ndarray]) -> np.ndarray | None:

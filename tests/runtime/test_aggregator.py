@@ -10,7 +10,7 @@ from metadist.data.sources import prepare
 from metadist.engine.engine import Blueprint
 from metadist.engine.exact import COARSER_BITS, FIRST_EXPONENT
 from metadist.engine.layout import sha256
-from metadist.runtime.aggregator import Aggregator, Snapshot
+from metadist.runtime.aggregator import Aggregator, Snapshot, sealed
 from metadist.runtime.worker import Worker
 
 IMAGE = (1, 4, 4)
@@ -87,6 +87,33 @@ def test_repeated_and_late_shards_are_dropped(config: Config) -> None:
             assert not aggregator.add(step, 1, [shard], sums(config, step, shard)), "of another attempt"
         report, _ = aggregator.apply(step)
         assert report.duplicates == 4 * SHARDS
+    assert bits(aggregator.snapshot()) == bits(clean.snapshot())
+
+
+DAMAGES = {
+    "one-bit": lambda q: np.concatenate([q[:2], q[2:3] ^ 1, q[3:]]),
+    "cut-off": lambda q: q[:-1],
+    "one-number": lambda q: q[:1],
+    "nothing": lambda q: q[:0],
+    "floats": lambda q: q.astype(np.float64),
+    "zeros": np.zeros_like,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_sum_that_is_not_what_its_worker_sealed_is_dropped(
+    config: Config, damage: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    aggregator, clean = Aggregator(config, IMAGE), Aggregator(config, IMAGE)
+    q = sums(config, 0, 1)
+    assert not aggregator.add(0, 0, [1], damage(q), sealed(q))
+    report, _ = aggregator.apply(0)
+    assert (report.missing, report.duplicates) == ((0, 1, 2, 3), 1)
+    assert aggregator.add(0, 0, [1], q, sealed(q)), "the whole one counts then"
+    for shard in (0, 2, 3):
+        aggregator.add(0, 0, [shard], sums(config, 0, shard))
+    aggregator.apply(0)
+    take(clean, 0, [0, 1, 2, 3])
     assert bits(aggregator.snapshot()) == bits(clean.snapshot())
 
 

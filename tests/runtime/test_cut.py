@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from metadist.config import Config, resolve
 from metadist.engine.engine import Blueprint
-from metadist.runtime.aggregator import Aggregator, Snapshot, joined
+from metadist.runtime.aggregator import Aggregator, Snapshot, joined, sealed
 from metadist.runtime.combiner import Combiner
 from metadist.runtime.cut import assembled, cut, gathered_exponents
 
@@ -121,15 +121,19 @@ def test_the_sum_of_a_node_holds_every_shard_once(calls: list[list[int]], random
     combiner, q = Combiner(), np.random.default_rng(0).integers(-(2**40), 2**40, (8, 5))
     taken: set[int] = set()
     for shards in calls:
+        parts = q[shards].sum(0), q[shards].sum(0) * 2
+        seals = tuple(map(sealed, parts))
+        assert combiner.add(3, 0, shards, (seals[0] ^ 8, seals[1]), *parts) is False, "damaged on its way"
         fits = taken.isdisjoint(shards)
-        assert combiner.add(3, 0, shards, q[shards].sum(0), q[shards].sum(0) * 2) is fits
+        assert combiner.add(3, 0, shards, seals, *parts) is fits
         taken |= set(shards) if fits else set()
-        assert combiner.add(2, 5, [0], q[0], q[0]) is (not taken), "of an earlier step"
-        if not taken:
-            combiner = Combiner()
-    there, *totals = combiner.collect(3, 0, 2)
-    assert set(there) == taken
-    if taken:
-        assert np.array_equal(totals[0], q[sorted(taken)].sum(0))
+        assert combiner.add(2, 5, shards, seals, *parts) is False, "of an earlier step"
+    gathered, *totals = combiner.collect(3, 0, 2)
+    counted = set(gathered.shards)
+    assert len(counted) == len(gathered.shards)
+    assert counted == taken
+    if counted:
+        assert np.array_equal(totals[0], q[sorted(counted)].sum(0))
         assert np.array_equal(totals[1], 2 * totals[0])
-    assert combiner.collect(4, 0, 2)[0] == ()
+        assert gathered.seals == tuple(map(sealed, totals))
+    assert combiner.collect(4, 0, 2)[0].shards == ()

@@ -1,0 +1,135 @@
+"""Real signals to workers and aggregator, at chosen steps: the bits stay, and the stalls are told."""
+
+import os
+import signal
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from injuries import kill, living_workers, longest_gap
+
+from metadist.config import Config
+from metadist.run import train
+from metadist.runtime.journal import read_metrics
+
+pytestmark = pytest.mark.cluster
+
+Make = Callable[..., Config]
+
+
+@pytest.fixture
+def two_workers(cluster: Any) -> tuple[str, str]:
+    return ("cluster.workers=2", f"cluster.address={cluster.address}")
+
+
+def test_one_worker_killed_then_all_of_them(
+    tiny: Make, long_overrides: tuple[str, ...], long_hash: str, two_workers: tuple[str, str], before_step: Any,
+    measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """With one left the run hardly stops; with none it stops for as long as a worker takes to start."""
+    from metadist.runtime.on_ray import OnRay
+
+    arrived: list[float] = []
+    real = OnRay._arrived
+
+    def noted(self: Any, name: str, introduction: Any) -> None:
+        arrived.append(time.time())
+        real(self, name, introduction)
+
+    monkeypatch.setattr(OnRay, "_arrived", noted)
+    killed: list[int] = []
+
+    def all_of_them(runtime: Any) -> None:
+        killed.extend(living_workers(runtime))
+        kill(*killed)
+
+    done = before_step(
+        {30: lambda runtime: kill(living_workers(runtime)[0]), 80: lambda runtime: None, 90: all_of_them}
+    )
+    run = tmp_path / "run"
+    result = train(tiny(*long_overrides, *two_workers), "long", run).result
+    assert result["theta_sha256"] == long_hash
+    assert result["steps_recomputed"] == 0, "no step is lost with a worker"
+    assert sum(result["shards_by_worker"].values()) == 150 * 4, "each shard is counted once"
+    assert [row["step"] for row in read_metrics(run / "metrics.parquet")] == list(range(1, 151))
+    assert killed, "there was a second time"
+    first = longest_gap(run, done[30], done[80])
+    restart = next(at for at in arrived if at > done[90]) - done[90]
+    second = longest_gap(run, done[90])
+    measured("SIGKILL of one worker of two", first)
+    measured("SIGKILL of all workers", second, f"of which a new worker's start took {restart:.2f} s")
+    assert second - restart < 3
+
+
+def test_a_frozen_worker_is_worked_around_and_its_late_results_are_dropped(
+    tiny: Make, two_workers: tuple[str, str], before_step: Any, measured: Any, tmp_path: Path
+) -> None:
+    """SIGSTOP with four shards each, SIGCONT twelve steps later."""
+    slow = (
+        "task.meta_batch=16", "algorithm.inner_steps=8", "outer.steps=40", "checkpoint.every=20", "eval.every=0",
+        "eval.test=false",
+    )  # fmt: skip
+    calm = train(tiny(*slow), "slow", tmp_path / "calm").result["theta_sha256"]
+    frozen: list[int] = []
+
+    def freeze(runtime: Any) -> None:
+        frozen.append(living_workers(runtime)[0])
+        os.kill(frozen[0], signal.SIGSTOP)
+
+    def thaw(runtime: Any) -> None:
+        os.kill(frozen[0], signal.SIGCONT)
+
+    before_step({16: freeze, 28: thaw})
+    run = tmp_path / "run"
+    result = train(tiny(*slow, *two_workers), "slow", run).result
+    assert result["theta_sha256"] == calm
+    assert result["duplicates_dropped"] > 0, "what it computed after it was thawed came too late"
+    assert sum(result["shards_by_worker"].values()) == 40 * 8
+    seconds = [row["seconds"] for row in read_metrics(run / "metrics.parquet")]
+    alone, frozen_step = statistics.median(seconds[20:28]), max(seconds[16:18])
+    ratio = frozen_step / alone
+    measured("SIGSTOP of one worker of two", frozen_step, f"{ratio:.2f} × a step of the other one alone")
+    assert frozen_step < max(5.0, 5 * alone), "without copies it would last for ever"
+
+
+def test_the_aggregator_killed_before_during_and_after_an_outer_step(
+    tiny: Make, long_overrides: tuple[str, ...], long_hash: str, two_workers: tuple[str, str], cluster: Any,
+    find_processes: Callable[..., list[int]], measured: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Once each in one run, with ten steps between checkpoints."""
+    from metadist.runtime.on_ray import OnRay
+
+    real = OnRay.apply
+    killed: dict[int, tuple[str, float]] = {}
+
+    def apply(self: Any, step: int) -> Any:
+        place = {23: "before", 55: "during", 87: "after"}.get(step)
+        if place is None or step in killed:
+            return real(self, step)
+        killed[step] = (place, time.time())
+        (aggregator,) = find_processes(cluster.pid, "ray::Aggregator")
+        if place == "before":
+            kill(aggregator)
+        if place == "during":  # it is asked, and does not come to an end of it
+            os.kill(aggregator, signal.SIGSTOP)
+        later = real(self, step)
+        if place == "during":
+            kill(aggregator)
+        if place == "after":
+            assert self.ray.get(self._broadcast).step == step + 1, "the step was applied"
+            kill(aggregator)
+        return later
+
+    monkeypatch.setattr(OnRay, "apply", apply)
+    run = tmp_path / "run"
+    result = train(tiny(*long_overrides, *two_workers), "long", run).result
+    assert len(killed) == 3
+    assert result["theta_sha256"] == long_hash
+    assert [row["step"] for row in read_metrics(run / "metrics.parquet")] == list(range(1, 151)), "once each"
+    assert 0 < result["steps_recomputed"] <= 3 * 10, "at most checkpoint.every for each loss"
+    for place, at in killed.values():
+        measured(f"aggregator killed {place} an outer step", longest_gap(run, at, at + 0.01))
