@@ -41,7 +41,7 @@ JOB: dict[str, Any] = {
     "eval": {"every": 0, "test": False},
     "tracking": {"uri": "off"},
 }
-CALM_SECONDS = (2.0, 8.0)
+CALM_SECONDS = (3.0, 15.0)
 """Between two faults; some come while the run still suffers from the one before."""
 
 HANGS = 150.0
@@ -233,7 +233,7 @@ class Soak:
             self.keep_going()
             self.notice_a_hang()
             self.mend()
-            if time.time() > due:
+            if time.time() > due and self.step:
                 (deed,) = self.drawn.choices(kinds, weights)
                 at = time.time()
                 if target := deed():
