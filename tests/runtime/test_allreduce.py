@@ -48,6 +48,7 @@ def when(condition: Callable[[], Any], do: Callable[[], None]) -> threading.Thre
     return thread
 
 
+@pytest.mark.chaos
 def test_a_rank_is_killed_and_then_the_run_is_ended(
     grouped: Make, tiny: Make, cluster: Any, find_processes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

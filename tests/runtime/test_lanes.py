@@ -236,8 +236,11 @@ def on_cluster(tiny: Make, cluster: Any) -> Make:
     return make
 
 
+MORE = [pytest.param(*case, marks=pytest.mark.chaos) for case in (("topk", 1), ("local-bf16", 2))]
+
+
 @pytest.mark.cluster
-@pytest.mark.parametrize(("mode", "workers"), [("int8", 2), ("topk", 1), ("local-bf16", 2)])
+@pytest.mark.parametrize(("mode", "workers"), [("int8", 2), *MORE])
 def test_any_number_of_workers(mode: str, workers: int, on_cluster: Make, calm: Any, tmp_path: Path) -> None:
     """One of them with θ in pieces and payloads that go by way of their node."""
     way = ("cluster.aggregators=3", "cluster.sums=tree") if mode == "int8" else ()

@@ -49,7 +49,10 @@ def gone_on(run: Path, capfd: pytest.CaptureFixture[str], **changed: Any) -> tup
     return result, capfd.readouterr().err
 
 
-@pytest.mark.parametrize("keys", [(), ("cluster.aggregators=2", "cluster.sums=tree")], ids=["one", "pieces"])
+@pytest.mark.parametrize(
+    "keys",
+    [pytest.param((), id="one", marks=pytest.mark.chaos), pytest.param(("cluster.aggregators=2",), id="pieces")],
+)
 def test_the_next_driver_goes_on_where_the_last_one_died(
     keys: tuple[str, ...], killed: Callable[..., Path], long_hash: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,6 +66,7 @@ def test_the_next_driver_goes_on_where_the_last_one_died(
     assert sum(result["shards_by_worker"].values()) < 150 * 4, "those of the first driver are not among them"
 
 
+@pytest.mark.chaos
 def test_in_other_pieces_than_before_it_begins_at_the_checkpoint(
     killed: Callable[..., Path], long_hash: str, capfd: pytest.CaptureFixture[str], cluster: Any, find_processes: Any,
     wait_until: Callable[..., Any],
@@ -74,6 +78,7 @@ def test_in_other_pieces_than_before_it_begins_at_the_checkpoint(
     wait_until(lambda: not find_processes(cluster.pid, "ray::Aggregator"), 30, "the end of the old one too")
 
 
+@pytest.mark.chaos
 def test_a_validation_that_died_with_the_driver_is_made_again(
     killed: Callable[..., Path], tiny: Callable[..., Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,6 +93,7 @@ def test_a_validation_that_died_with_the_driver_is_made_again(
     assert result["best"]
 
 
+@pytest.mark.chaos
 def test_nobody_comes(
     killed: Callable[..., Path], cluster: Any, find_processes: Any, wait_until: Callable[..., Any]
 ) -> None:
@@ -95,6 +101,7 @@ def test_nobody_comes(
     wait_until(lambda: not find_processes(cluster.pid, "ray::Aggregator"), 30, "the end of the aggregator")
 
 
+@pytest.mark.chaos
 def test_the_code_goes_to_the_workers(
     start_cli: Callable[..., Any], tiny_job: Path, cluster: Any, tmp_path: Path, find_processes: Any,
     wait_until: Callable[..., Any],
