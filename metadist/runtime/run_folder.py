@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 
 from metadist.config import Config, load, to_yaml
-from metadist.durable import storage_errors, write
+from metadist.durable import lock, storage_errors, write
 from metadist.errors import RunError
 
 NAME = "name"
@@ -139,7 +139,20 @@ class RunFolder:
 
 
 def refuse_existing(path: Path) -> None:
-    """A new run never writes into what is there."""
+    """A new run never writes into what is there; what a killed process had not begun to fill is removed."""
+    if _never_begun(path):
+        shutil.rmtree(path)
     if path.exists():
         hint = f"go on with it by `metadist train --resume {path}`, or " if (path / "config.yaml").exists() else ""
         raise RunError(f"{path}: exists already; {hint}choose another --run-dir")
+
+
+def _never_begun(path: Path) -> bool:
+    """Whether this is the folder of a run that ended before its config was written, and nobody's now."""
+    if not (path / ".lock").is_file() or any((path / "checkpoints").glob("*")):
+        return False
+    others = {entry.name for entry in path.iterdir()} - {".lock", "checkpoints", NAME}
+    if not all(name.startswith((".config.yaml.", f".{NAME}.")) for name in others):
+        return False
+    with lock(path / ".lock", wait=False) as free:
+        return free

@@ -120,7 +120,7 @@ def test_the_aggregator_killed_before_during_and_after_an_outer_step(
         if place == "during":
             kill(aggregator)
         if place == "after":
-            assert self.ray.get(self._broadcast).step == step + 1, "the step was applied"
+            assert self.ray.get(self._sums.broadcast[0]).step == step + 1, "the step was applied"
             kill(aggregator)
         return later
 

@@ -11,7 +11,7 @@ import pytest
 
 from metadist.config import Config, resolve
 from metadist.errors import RunError
-from metadist.runtime.run_folder import RunFolder, fresh_name, run_name
+from metadist.runtime.run_folder import RunFolder, fresh_name, refuse_existing, run_name
 
 HOLD = """
 import fcntl, os, sys, time
@@ -85,3 +85,21 @@ def test_fresh_names_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         seen.add(path)
     assert len(seen) == 3
     assert all(path.parent == Path("runs") and path.name.startswith("quickstart-") for path in seen)
+
+
+def test_a_folder_whose_run_never_began_is_made_again(folder: RunFolder, tiny: Callable[..., Config]) -> None:
+    """A process killed before it had written the config: neither --resume nor a new run could use it."""
+    (folder.path / "config.yaml").unlink()
+    with pytest.raises(RunError, match="exists already"):
+        refuse_existing(folder.path)  # somebody is about to write it
+    folder.unlock()
+    (folder.path / ".config.yaml.0123abcd").write_text("half of")
+    (folder.path / "notes.txt").write_text("of a person")
+    with pytest.raises(RunError, match="exists already"):
+        refuse_existing(folder.path)
+    (folder.path / "notes.txt").unlink()
+    refuse_existing(folder.path)
+    assert not folder.path.exists()
+    RunFolder.create(folder.path, tiny(), "name").unlock()
+    with pytest.raises(RunError, match="go on with it by"):
+        refuse_existing(folder.path)
