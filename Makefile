@@ -1,5 +1,5 @@
 # make train: install, meta-train on the embedded data set, evaluate.   make test: install, run the tests.
-# make chaos [SEED=0 MINUTES=10]: a run under random faults; the report is in chaos/.
+# make faults: the long tests.   make chaos [SEED=0 MINUTES=10]: they, and a run under random faults; its report is in chaos/.
 PYTHON ?= python3
 METADIST := .venv/bin/metadist
 
