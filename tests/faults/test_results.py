@@ -70,13 +70,13 @@ def test_a_damaged_sum_is_never_counted(
     real = OnRay._take
     damaged: list[int] = []
 
-    def take(self: OnRay, step: int, name: str, items: Any, receipt: Any, q: Any) -> None:
+    def take(self: OnRay, step: int, name: str, items: Any, receipt: Any, sent: Any) -> None:
         if step == 6 and not damaged and receipt.summed:
             damaged.append(step)
-            changed = self.ray.get(q).copy()
+            changed = self.ray.get(sent[0]).copy()
             changed[5] ^= 1 << 33
-            q = self.ray.put(changed)
-        real(self, step, name, items, receipt, q)
+            sent = [self.ray.put(changed)]
+        real(self, step, name, items, receipt, sent)
 
     monkeypatch.setattr(OnRay, "_take", take)
     result = train(on_two, "tiny", tmp_path / "run").result
