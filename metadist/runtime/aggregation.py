@@ -7,6 +7,7 @@ On a cluster that is not this run's own the aggregators are named and detached: 
 driver, and one that resumes the run finds them. Without a driver they end after `cluster.linger`.
 """
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -35,7 +36,7 @@ class Aggregation:
         self.blueprint = blueprint
         self.pieces = cut(blueprint, config.cluster.aggregators)
         self._run = run if config.cluster.linger else None
-        self._touched = 0.0
+        self._touched = -math.inf
         self._actors: list[Any] = []
         self.broadcast: tuple[Any, ...] = ()
         self._tree = config.cluster.sums == "tree"
@@ -73,6 +74,7 @@ class Aggregation:
             made = actor.options(**options)
             self._actors.append(made.remote(self.config, shape, snapshot, classes, piece, len(self.pieces)))
         self.broadcast = tuple(actor.broadcast.remote() for actor in self._actors)
+        self._touched = -math.inf  # these have not heard of it yet
         self.touch()
 
     def touch(self) -> None:

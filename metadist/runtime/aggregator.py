@@ -207,7 +207,7 @@ class Aggregator:
             float(means.get("metric.score", np.nan)),
             norm,
             learning_rate(self.config.outer, step),
-            bool(np.isfinite(self.broadcast().values).all()),
+            all(bool(value.isfinite().all()) for value in (self.outer.flat, *self.state.values())),
             (),
             0,
         )

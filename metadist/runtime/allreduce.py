@@ -22,6 +22,7 @@ from metadist.data.table import Table
 from metadist.engine.fingerprint import differences
 from metadist.errors import ClusterError, MetadistError
 from metadist.runtime import preemption
+from metadist.runtime.aggregation import first_line
 from metadist.runtime.aggregator import Report, Snapshot
 from metadist.runtime.cluster import check_resources, connect, disconnect, free, reserved, room
 from metadist.runtime.mailbox import Ended, Mailbox
@@ -155,7 +156,7 @@ def _all_reduce() -> Callable[[np.ndarray], np.ndarray]:
             torch.distributed.all_reduce(buffer)
             return buffer.cpu().numpy()
         except RuntimeError as error:
-            raise RankLost(_first_line(error)) from error
+            raise RankLost(first_line(error)) from error
 
     return add_up
 
@@ -270,7 +271,7 @@ class AllReduce:
         try:
             number: int = self.ray.get(self._mailbox.tell.remote(command))
         except RayError as error:
-            raise AggregatorLost(f"the group's mailbox was lost: {_first_line(error)}") from error
+            raise AggregatorLost(f"the group's mailbox was lost: {first_line(error)}") from error
         return number
 
     def _ask(self, command: Any) -> list[Any]:
@@ -283,7 +284,7 @@ class AllReduce:
         try:
             found: list[Any] | Ended = self.ray.get(coming)
         except RayError as error:
-            raise AggregatorLost(f"the group's mailbox was lost: {_first_line(error)}") from error
+            raise AggregatorLost(f"the group's mailbox was lost: {first_line(error)}") from error
         if not isinstance(found, Ended):
             return found
         if found.defect is not None:
@@ -385,12 +386,12 @@ def _reason(error: Exception, config: Config) -> Ended:
         if len(gone) + len(left_alone) < len(error.worker_failures):
             return Ended("a defect", error)
         if gone:
-            return Ended(f"rank {min(gone)} died: {_first_line(gone[min(gone)])}")
-        return Ended(_first_line(left_alone[0]))
+            return Ended(f"rank {min(gone)} died: {_cause(gone[min(gone)])}")
+        return Ended(first_line(left_alone[0]))
     if isinstance(error, ControllerError):
         cause = error.controller_failure
         late = f"cluster.timeout: no group was ready within {config.cluster.timeout:g} s"
-        line = _first_line(cause)
+        line = _cause(cause)
         return Ended(line, ClusterError(f"{late}: {line}" if "Timeout" in type(cause).__name__ else line))
     return Ended("a defect", error)
 
@@ -402,6 +403,6 @@ def _is_gone(cause: BaseException) -> bool:
     return isinstance(cause, RayError) or type(cause).__name__.startswith("WorkerHealthCheck")
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(getattr(error, "health_check_failure", error)).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _cause(error: BaseException) -> str:
+    """What a rank died of; Ray Train's health check wraps it."""
+    return first_line(getattr(error, "health_check_failure", error))
