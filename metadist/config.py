@@ -246,6 +246,9 @@ class Cluster(Tree):
         description="flat: workers' sums go straight to the aggregators; tree: they are added on each node first",
     )
     ship: bool = Field(True, description="send this package's code to the hosts of another's cluster")
+    silence: Rate = Field(
+        30.0, description="seconds without an answer after which an aggregator is given up and replaced"
+    )
     linger: NonNegative = Field(
         600.0, description="seconds that aggregators on another's cluster outlive their driver, for --resume; 0: none"
     )

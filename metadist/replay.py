@@ -81,7 +81,7 @@ def replay(run_dir: Path, say: Callable[[str], None]) -> Replayed:
         versions[step] = parameters.broadcast()
         versions.pop(step - config.cluster.bound - 1, None)
         taken = entries[step * per_step : (step + 1) * per_step]
-        sums = [worker.sums(versions[entry.version], *divmod(entry.number, per_step))[1] for entry in taken]
+        sums = [worker.sums(versions[entry.version], *divmod(entry.number, per_step)).sums for entry in taken]
         parameters.move(mean_of(sums, config.task.meta_batch))
         if time.monotonic() > due:
             due = time.monotonic() + TOLD

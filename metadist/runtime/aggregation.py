@@ -7,8 +7,6 @@ On a cluster that is not this run's own the aggregators are named and detached: 
 driver, and one that resumes the run finds them. Without a driver they end after `cluster.linger`.
 """
 
-import math
-import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
@@ -16,10 +14,11 @@ from typing import Any
 from metadist.config import Config
 from metadist.engine.engine import Blueprint
 from metadist.runtime.aggregator import Aggregator, Position, Report, Snapshot, joined
+from metadist.runtime.cluster import first_line
 from metadist.runtime.combiner import Combiner, Gathered
 from metadist.runtime.cut import cut
-from metadist.runtime.linger import expect_another_call
 from metadist.runtime.runtime import AggregatorLost, Later, Say
+from metadist.runtime.watch import Watch
 from metadist.runtime.worker import Receipt
 
 NAMESPACE = "metadist"
@@ -36,7 +35,7 @@ class Aggregation:
         self.blueprint = blueprint
         self.pieces = cut(blueprint, config.cluster.aggregators)
         self._run = run if config.cluster.linger else None
-        self._touched = -math.inf
+        self._watch: Watch | None = None
         self._actors: list[Any] = []
         self.broadcast: tuple[Any, ...] = ()
         self._tree = config.cluster.sums == "tree"
@@ -60,6 +59,7 @@ class Aggregation:
             return []
         self._actors = actors
         self.broadcast = tuple(actor.reopen.remote() for actor in actors)
+        self._look_after_them()
         every = [[report for report in position.reports if report.step >= first] for position in found]
         return [_joined(parts) for parts in zip(*every, strict=True)]
 
@@ -74,19 +74,19 @@ class Aggregation:
             made = actor.options(**options)
             self._actors.append(made.remote(self.config, shape, snapshot, classes, piece, len(self.pieces)))
         self.broadcast = tuple(actor.broadcast.remote() for actor in self._actors)
-        self._touched = -math.inf  # these have not heard of it yet
-        self.touch()
+        self._look_after_them()
 
-    def touch(self) -> None:
-        """Tell detached aggregators that their driver lives; to be called every second or so."""
-        linger = self.config.cluster.linger
-        if self._run is not None and time.monotonic() > self._touched + linger / 10:
-            self._touched = time.monotonic()
-            for actor in self._actors:
-                actor.__ray_call__.remote(expect_another_call, linger)
+    def _look_after_them(self) -> None:
+        cluster = self.config.cluster
+        linger = cluster.linger if self._run is not None else None
+        everyone = lambda: [*self._actors, *self._combiners.values()]  # noqa: E731, short enough
+        self._watch = Watch(self.ray, everyone, cluster.silence, cluster.timeout, linger, self.say)
 
     def end(self) -> None:
         """End all of them."""
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
         for actor in [*self._actors, *self._combiners.values()]:
             self.ray.kill(actor)
         self._actors.clear()
@@ -176,7 +176,7 @@ class Aggregation:
         self.broadcast = tuple(actor.redo.remote(step, attempt, sorted(exceeding)) for actor in self._actors)
 
     def apply(self, step: int) -> Later:
-        """Take the outer step; its report may be waited for."""
+        """Take the outer step; its report may be waited for. Where it says that shards are missing, none was taken."""
         squares = [actor.squares.remote(step) for actor in self._actors] if len(self._actors) > 1 else []
         applied = [actor.apply.options(num_returns=2).remote(step, *squares) for actor in self._actors]
         self.broadcast = tuple(broadcast for _, broadcast in applied)
@@ -190,8 +190,6 @@ class Aggregation:
                 found = _joined(self.ray.get([report for report, _ in applied]))
             except RayError as error:
                 raise aggregator_lost(error, f"step {step}: ") from error
-            if found.missing:
-                raise AggregatorLost(f"step {step}: shards {found.missing} did not reach the aggregator whole")
             return found
 
         return later
@@ -232,11 +230,3 @@ def aggregator_lost(error: Exception, where: str = "") -> Exception:
 
     defect = isinstance(error, RayTaskError) and not isinstance(error.cause, RayError)
     return error if defect else AggregatorLost(f"{where}the aggregator was lost: {first_line(error)}")
-
-
-def first_line(error: BaseException) -> str:
-    """What a person needs of an error of Ray's."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if lines and "creation task" in lines[0]:  # Ray puts the cause last
-        return lines[-1]
-    return lines[0] if lines else type(error).__name__

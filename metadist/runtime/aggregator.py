@@ -165,25 +165,25 @@ class Aggregator:
             self._open(attempt + 1)
         return self.broadcast()
 
-    def squares(self, step: int) -> list[float]:
-        """Of its tensors in the complete mean gradient, for the norm of the whole; none while shards are missing."""
+    def squares(self, step: int) -> list[float] | None:
+        """Of its tensors in the complete mean gradient, for the norm of the whole; None while shards are missing."""
         if self._missing(step):
-            return []
+            return None
         with one_thread():
             return self.outer.squares(self._gradient(self._summed()))
 
-    def apply(self, step: int, *squares: Sequence[float]) -> tuple[Report, Broadcast]:
+    def apply(self, step: int, *squares: Sequence[float] | None) -> tuple[Report, Broadcast]:
         """One outer step from the complete sum; without it nothing moves and the report says what is missing.
 
-        squares: those of every piece in turn, where there are several.
+        squares: those of every piece in turn, where there are several; where one has none, none moves.
         """
-        missing = self._missing(step)
-        if missing:
+        missing, whole = self._missing(step), [one for piece in squares if piece is not None for one in piece]
+        if missing or None in squares:
             nan = float("nan")
             return Report(step, nan, nan, nan, 0.0, True, missing, self.duplicates), self.broadcast()
         mean, duplicates, received = self._summed(), self.duplicates, self.bytes
         self.exponents = next_exponents(self.piece.sums, self.total, self.exponents)
-        report = self.move(mean, [one for piece in squares for one in piece] or None)
+        report = self.move(mean, whole or None)
         report = report._replace(duplicates=duplicates, bytes=received)
         self.reports.append(report)
         return report, self.broadcast()

@@ -22,9 +22,8 @@ from metadist.data.table import Table
 from metadist.engine.fingerprint import differences
 from metadist.errors import ClusterError, MetadistError
 from metadist.runtime import preemption
-from metadist.runtime.aggregation import first_line
 from metadist.runtime.aggregator import Report, Snapshot
-from metadist.runtime.cluster import check_resources, connect, disconnect, free, reserved, room
+from metadist.runtime.cluster import check_resources, connect, disconnect, first_line, free, reserved, room
 from metadist.runtime.mailbox import Ended, Mailbox
 from metadist.runtime.rank import Rank, Stepped
 from metadist.runtime.runtime import AggregatorLost, Counts, Later, NotFinite, Say

@@ -1,22 +1,27 @@
 """Workers that never wait for one another: outer steps from gradients of slightly older θ.
 
-The workers are those of `on_ray`: they join, leave and judge in the same way. The parameters
-live in the driver, whose ledger says which result counts in which outer step. Sums travel as
-floats and are added in the order of the ledger, in float64; the ledger makes the run again.
+The parameters live in the driver, whose ledger says which result counts in which outer step.
+Sums travel as floats and are added in the order of the ledger, in float64; the ledger makes
+the run again.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from metadist.config import Config
+from metadist.data.table import Table
+from metadist.engine.engine import blueprint
 from metadist.runtime import preemption
-from metadist.runtime.aggregator import Aggregator, Snapshot
+from metadist.runtime.aggregator import Aggregator, Report, Snapshot, sealed
+from metadist.runtime.cluster import check_resources, connect, disconnect
+from metadist.runtime.judging import judge
 from metadist.runtime.ledger import Call, Ledger, as_array, from_array, mean_of
-from metadist.runtime.on_ray import Item, OnRay, Shard
-from metadist.runtime.runtime import Counts, Later, NotFinite
+from metadist.runtime.pool import Came, Item, Pool, Shard
+from metadist.runtime.runtime import Counts, Later, NotFinite, Say
+from metadist.runtime.worker import Floats
 
 
 class Result(NamedTuple):
@@ -24,78 +29,91 @@ class Result(NamedTuple):
 
     call: Call
     worker: str
-    pid: int
-    sums: np.ndarray
+    floats: Floats
 
 
-class Asynchronous(OnRay):
+class Asynchronous:
     """`cluster.strategy: async`."""
 
-    def _take_over_or_start(self, snapshot: Snapshot | None) -> None:
-        config, tasks = self.config, self._sums.blueprint
+    def __init__(self, config: Config, tables: Sequence[Table], snapshot: Snapshot | None, say: Say) -> None:
+        self.config = config
+        self.step, self.earlier = snapshot.step if snapshot else 0, list[Report]()
+        self.ray, self._ours = connect(config.cluster)
+        self.pool = Pool(self.ray, config, [str(table.path) for table in tables], say, leave=self._left)
+        self._blueprint = blueprint(config, tables)
+        self._shards: dict[str, int] = {}
+        self._recomputed = 0
+        try:
+            check_resources(self.ray, config.cluster)
+            self._start(snapshot)
+            self.pool.open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, snapshot: Snapshot | None) -> None:
+        config, tasks = self.config, self._blueprint
         entries = [] if snapshot is None or snapshot.ledger is None else from_array(snapshot.ledger)
         self._ledger = Ledger(config.task.meta_batch // config.shard, config.outer.steps, config.cluster.bound, entries)
-        self._take_lanes(None)
         self._parameters = Aggregator(config, tasks.shape, snapshot, tasks.classes)
-        self._under_way: dict[Any, Call] = {}
+        self._under_way: dict[Item, tuple[str, Call]] = {}
         self._inbox: deque[Result] = deque()
         self._taken: list[np.ndarray] = []
         self._broadcast()
 
+    def _broadcast(self) -> None:
+        """θ as it is now, for the calls to come."""
+        self._theta = self.ray.put(self._parameters.broadcast())
+
     # --- handing out and taking in -------------------------------------------
 
-    def _hand_out(self, judged: tuple[Any, Config, str] | None = None) -> None:
-        super()._hand_out(judged)
-        if judged is not None:
-            return  # the evaluation comes first
-        busy = {name for name, _, _ in self._calls.values()}
-        for name in [name for name in self._dispatcher.held if name not in busy]:
-            call = self._ledger.give(name, alone=self.workers == 1)
+    def _hand_out(self) -> None:
+        busy = {asked.worker for asked in self.pool.asked.values()}
+        for name in [name for name in self.pool.dispatcher.held if name not in busy]:
+            call = self._ledger.give(name, alone=self.pool.size == 1)
             if call is not None:
-                shard = self._shard(call)
-                coming = self._actors[name].sums.remote(*self._sums.broadcast, shard.step, shard.shard)
-                self._calls[coming] = (name, (shard,), None)
-                self._under_way[coming] = call
+                step, number = divmod(call.number, self.config.lanes)
+                shard = Shard(step, call.id, number)
+                self.pool.expect(self.pool.actors[name].sums.remote(self._theta, step, number), name, (shard,))
+                self._under_way[shard] = name, call
 
-    def _shard(self, call: Call) -> Shard:
-        step, shard = divmod(call.number, self._per_step)
-        return Shard(step, call.id, shard)
+    def _take_in(self, came: Came) -> None:
+        """A shard's sums go into the inbox; a judgement of which another worker's came first goes nowhere."""
+        (item,) = came.items
+        if item in self._under_way:
+            _, call = self._under_way.pop(item)
+            self._inbox.append(Result(call, came.worker, came.value))
+        else:
+            self.pool.dispatcher.again(came.worker, item)
 
-    def _events(self) -> list[tuple[str, tuple[Item, ...], Any, Any]]:
-        """Those that are no shard's; a shard's results go into the inbox."""
-        calls = {self._shard(call): call for call in self._under_way.values()}
-        others = []
-        for name, items, value, q in super()._events():
-            if isinstance(items[0], Shard):
-                self._inbox.append(Result(calls[items[0]], name, *value))
-            else:
-                others.append((name, items, value, q))
-        self._under_way = {coming: call for coming, call in self._under_way.items() if coming in self._calls}
-        return others
-
-    def _given_back(self, name: str) -> list[Item]:
-        here = {coming for coming, (holder, _, _) in self._calls.items() if holder == name}
-        lost = [call for coming, call in self._under_way.items() if coming in here]
-        for call in lost:
-            self._ledger.lose(call)
-        self._under_way = {coming: call for coming, call in self._under_way.items() if call not in lost}
-        return [*super()._given_back(name), *map(self._shard, lost)]
+    def _left(self, name: str) -> Sequence[Item]:
+        """What is computed again because a worker is gone."""
+        lost = [item for item, (holder, _) in self._under_way.items() if holder == name]
+        for item in lost:
+            self._ledger.lose(self._under_way.pop(item)[1])
+        self._recomputed += len(lost)
+        return [*self.pool.dispatcher.leave(name), *lost]
 
     def _decide(self) -> None:
         """Count what has come in, in its order, until the outer step is complete."""
         while self._inbox and not self._ledger.complete:
-            call, worker, pid, sums = self._inbox.popleft()
-            if not np.isfinite(sums).all():
+            call, worker, floats = self._inbox.popleft()
+            if floats.seal != sealed(floats.sums):
+                self._recomputed += 1
+                self._ledger.lose(call)
+            elif not np.isfinite(floats.sums).all():
                 self._recomputed += 1
                 if not self._ledger.fail(call, worker):
-                    raise NotFinite(*divmod(call.number, self._per_step))
-            elif self._ledger.take(call, pid):
-                self._taken.append(sums)
-                self._shards[self._called[worker]] += 1
+                    raise NotFinite(*divmod(call.number, self.config.lanes))
+            elif self._ledger.take(call, floats.pid):
+                self._taken.append(floats.sums)
+                called = self.pool.called[worker]
+                self._shards[called] = self._shards.get(called, 0) + 1
 
     # --- a step --------------------------------------------------------------
 
     def begin(self, step: int) -> None:
+        self.pool.dispatcher.drop()
         self._hand_out()
 
     def finish(self, step: int) -> None:
@@ -103,7 +121,8 @@ class Asynchronous(OnRay):
         while not self._ledger.complete:
             preemption.check()
             self._hand_out()
-            self._events()
+            for came in self.pool.events():
+                self._take_in(came)
             self._decide()
 
     def apply(self, step: int) -> Later:
@@ -113,19 +132,37 @@ class Asynchronous(OnRay):
         self._broadcast()
         return lambda: report
 
-    def _broadcast(self) -> None:
-        """θ as it is now, for the calls to come."""
-        self._sums.broadcast = (self.ray.put(self._parameters.broadcast()),)
-
     def snapshot(self) -> Callable[[], Snapshot]:
         taken = self._parameters.snapshot()._replace(ledger=as_array(self._ledger.entries))
         return lambda: taken
 
     def restart(self, snapshot: Snapshot | None) -> None:
-        self._dispatcher.drop()
-        self._dispatcher.free()
-        self._calls.clear()
-        self._take_over_or_start(snapshot)
+        self.pool.forget()
+        self._start(snapshot)
+
+    # --- the rest ------------------------------------------------------------
+
+    def judge(self, values: np.ndarray | None, judged: Config, split: str, episodes: int) -> dict[str, np.ndarray]:
+        current = self._parameters.broadcast().values if values is None else values
+        return judge(self.pool, current, judged, split, episodes, self._take_in)
+
+    @property
+    def workers(self) -> int:
+        return self.pool.size
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        return self.pool.fingerprint
+
+    @property
+    def hardware(self) -> dict[str, Any]:
+        return self.pool.hardware
 
     def counts(self) -> Counts:
-        return super().counts()._replace(duplicates=self._ledger.dropped)
+        there = {called: self._shards.get(called, 0) for called in self.pool.called.values()}
+        return Counts(there, self._recomputed, self._ledger.dropped)
+
+    def close(self) -> None:
+        self.pool.close()
+        if self._ours:
+            disconnect()

@@ -1,6 +1,6 @@
 """Getting a Ray cluster: our own on this machine, or one that is running.
 
-Only this module, `on_ray`, `allreduce` and `asynchronous` import Ray.
+Ray is imported by this module, by the strategies and by what they are made of, and nowhere else.
 """
 
 import os
@@ -182,3 +182,11 @@ def _expect_answer(cluster: Cluster) -> None:
         )
     if asked is None or asked.returncode != 0:
         raise ClusterError(f"cluster.address: something listens at {address}, but it does not answer as a Ray cluster")
+
+
+def first_line(error: BaseException) -> str:
+    """What a person needs of an error of Ray's."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and "creation task" in lines[0]:  # Ray puts the cause last
+        return lines[-1]
+    return lines[0] if lines else type(error).__name__

@@ -34,7 +34,7 @@ class Combiner:
             return False
         if (step, attempt) < self._of or ((step, attempt) == self._of and not set(self._shards).isdisjoint(shards)):
             return False
-        if (step, attempt) > self._of:
+        if (step, attempt) > self._of or not self._shards:
             self._of, self._shards, self._totals = (step, attempt), list(shards), list(sums)
             return True
         self._shards += shards
@@ -43,7 +43,9 @@ class Combiner:
         return True
 
     def collect(self, step: int, attempt: int, pieces: int) -> tuple[Any, ...]:
-        """What is in (Gathered), and the sums; of another step nothing is in."""
-        if (step, attempt) != self._of:
+        """What is in (Gathered), and the sums, handed over: nothing is in any more. Of another step nothing is in."""
+        if (step, attempt) != self._of or not self._shards:
             return Gathered((), ()), *(np.zeros(0, dtype=np.int64) for _ in range(pieces))
-        return Gathered(tuple(self._shards), tuple(map(sealed, self._totals))), *self._totals
+        shards, totals = self._shards, self._totals
+        self._shards, self._totals = [], []
+        return Gathered(tuple(shards), tuple(map(sealed, totals))), *totals

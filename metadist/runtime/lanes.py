@@ -22,6 +22,7 @@ class Lanes(Generic[State]):
     def __init__(self, states: Iterable[State] = ()) -> None:
         self.states = list(states)
         self._next: dict[int, State] = {}
+        self._before: tuple[list[State], dict[int, State]] = ([], {})
 
     def of(self, lanes: Iterable[int]) -> list[State]:
         """What is needed to compute some lanes."""
@@ -33,10 +34,19 @@ class Lanes(Generic[State]):
             self._next.update(zip(lanes, states, strict=True))
 
     def advance(self) -> None:
-        """The step is taken: all its lanes go on."""
+        """The step is asked for: all its lanes go on."""
+        self._before = self.states, self._next
         if self.states:
             self.states = [self._next[lane] for lane in range(len(self.states))]
         self._next = {}
+
+    def settle(self) -> None:
+        """It was taken."""
+        self._before = ([], {})
+
+    def back(self) -> None:
+        """It was not: they are where they were before `advance`."""
+        self.states, self._next = self._before
 
 
 def carried(config: Config, snapshot: Snapshot | None) -> list[Lane]:

@@ -55,6 +55,14 @@ class Receipt(NamedTuple):
     seals: tuple[int, ...]
 
 
+class Floats(NamedTuple):
+    """One shard's float sums [total], from whom, and their seal."""
+
+    pid: int
+    sums: np.ndarray
+    seal: int
+
+
 def open_tables(config: Config, paths: Sequence[str]) -> list[Table]:
     """The run's tables: those the driver built where this machine has them, else shared ones, else built here."""
 
@@ -134,9 +142,10 @@ class Worker:
             return None
         return sum(parts[1:], parts[0]) if self.engine.blueprint.compression is None else np.concatenate(parts)
 
-    def sums(self, broadcast: Broadcast, step: int, shard: int) -> tuple[int, np.ndarray]:
-        """This process's id, and one shard's float sums from whatever version of θ it is handed."""
-        return os.getpid(), self.engine.flat(broadcast.values, step, shard)
+    def sums(self, broadcast: Broadcast, step: int, shard: int) -> Floats:
+        """One shard's float sums from whatever version of θ it is handed."""
+        found = self.engine.flat(broadcast.values, step, shard)
+        return Floats(os.getpid(), found, sealed(found))
 
     def judge(self, values: np.ndarray, judged: Config, split: str, first: int, tasks: int) -> dict[str, np.ndarray]:
         """Accuracy and loss of evaluation tasks first … first+tasks−1."""

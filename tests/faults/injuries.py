@@ -17,7 +17,7 @@ def kill(*pids: int) -> None:
 
 def living_workers(runtime: Any) -> list[int]:
     """Process ids of the workers that take part, the oldest first."""
-    return [runtime.pids[name] for name in runtime._dispatcher.held]
+    return [runtime.pool.pids[name] for name in runtime.pool.dispatcher.held]
 
 
 def longest_gap(run: Path, since: float, until: float = float("inf")) -> float:

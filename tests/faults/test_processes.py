@@ -30,16 +30,16 @@ def test_one_worker_killed_then_all_of_them(
     measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """With one left the run hardly stops; with none it stops for as long as a worker takes to start."""
-    from metadist.runtime.on_ray import OnRay
+    from metadist.runtime.pool import Pool
 
     arrived: list[float] = []
-    real = OnRay._arrived
+    real = Pool._arrived
 
-    def noted(self: Any, name: str, introduction: Any) -> None:
+    def noted(self: Any, name: str, *introduced: Any) -> None:
         arrived.append(time.time())
-        real(self, name, introduction)
+        real(self, name, *introduced)
 
-    monkeypatch.setattr(OnRay, "_arrived", noted)
+    monkeypatch.setattr(Pool, "_arrived", noted)
     killed: list[int] = []
 
     def all_of_them(runtime: Any) -> None:
@@ -133,3 +133,30 @@ def test_the_aggregator_killed_before_during_and_after_an_outer_step(
     assert 0 < result["steps_recomputed"] <= 3 * 10, "at most checkpoint.every for each loss"
     for place, at in killed.values():
         measured(f"aggregator killed {place} an outer step", longest_gap(run, at, at + 0.01))
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("sums", ["flat", "tree"])
+def test_an_aggregator_that_stands_still_is_replaced(
+    sums: str, tiny: Make, long_overrides: tuple[str, ...], long_hash: str, two_workers: tuple[str, str],
+    cluster: Any, find_processes: Callable[..., list[int]], before_step: Any, measured: Any, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """SIGSTOP, for ever; with a tree the sum of a node as well, later."""
+
+    def freeze(actor: str) -> Callable[[Any], None]:
+        def now(_: Any) -> None:
+            (pid,) = find_processes(cluster.pid, actor)
+            os.kill(pid, signal.SIGSTOP)
+
+        return now
+
+    deeds = {37: freeze("ray::Aggregator")} | ({95: freeze("ray::Combiner")} if sums == "tree" else {})
+    done = before_step(deeds)
+    run = tmp_path / "run"
+    keys = ("cluster.silence=3", f"cluster.sums={sums}")
+    result = train(tiny(*long_overrides, *two_workers, *keys), "long", run).result
+    assert capsys.readouterr().err.count("said nothing for 3 s: ended") == len(deeds)
+    assert result["theta_sha256"] == long_hash
+    assert 0 < result["steps_recomputed"] <= 10
+    measured(f"aggregator stopped for ever, noticed after 3 s ({sums})", longest_gap(run, done[37], done[37] + 0.01))

@@ -99,9 +99,36 @@ def test_a_piece_without_all_shards_moves_nothing(config: Config) -> None:
     one = Aggregator(config, IMAGE, None, 0, 1, 2)
     one.add(0, 0, [0, 2], part.part(sums(config, 0, 0)))
     before = one.broadcast().values.tobytes()
-    assert one.squares(0) == []
-    assert one.apply(0, [], [])[0].missing == (1, 3)
+    assert one.squares(0) is None
+    assert one.apply(0, [1.0], None)[0].missing == (1, 3)
     assert one.broadcast().values.tobytes() == before
+
+
+def test_no_piece_moves_while_another_is_incomplete(config: Config) -> None:
+    """What is missing elsewhere is computed again, for the same step."""
+    parts = cut(Blueprint(config, IMAGE), 2)
+    whole, other = (Aggregator(config, IMAGE, None, 0, k, 2) for k in range(2))
+    q = [sums(config, 0, shard) for shard in range(4)]
+    for shard in range(4):
+        whole.add(0, 0, [shard], parts[0].part(q[shard]))
+        if shard != 2:
+            other.add(0, 0, [shard], parts[1].part(q[shard]))
+    before = whole.broadcast().values.tobytes()
+    squares = [whole.squares(0), other.squares(0)]
+    assert squares[0] and squares[1] is None
+    assert [one.apply(0, *squares)[0].missing for one in (whole, other)] == [(), (2,)]
+    assert whole.broadcast().values.tobytes() == before
+    assert whole.step == other.step == 0
+    assert whole.add(0, 0, [2], parts[0].part(q[2])) is False, "it has that one"
+    assert other.add(0, 0, [2], parts[1].part(q[2])) is True
+    squares = [whole.squares(0), other.squares(0)]
+    reports = [one.apply(0, *squares)[0] for one in (whole, other)]
+    assert [report.missing for report in reports] == [(), ()]
+    alone = Aggregator(config, IMAGE)
+    alone.add(0, 0, range(4), sum(q[1:], q[0]))
+    assert alone.apply(0)[0].grad_norm == reports[0].grad_norm
+    both = assembled(parts, [whole.broadcast().values, other.broadcast().values], alone.broadcast().values.size)
+    assert both.tobytes() == alone.broadcast().values.tobytes()
 
 
 def test_an_exceeded_bound_makes_its_own_tensors_coarser(config: Config) -> None:
@@ -137,3 +164,8 @@ def test_the_sum_of_a_node_holds_every_shard_once(calls: list[list[int]], random
         assert np.array_equal(totals[1], 2 * totals[0])
         assert gathered.seals == tuple(map(sealed, totals))
     assert combiner.collect(4, 0, 2)[0].shards == ()
+    assert combiner.collect(3, 0, 2)[0].shards == (), "it was handed over"
+    if counted:  # it was damaged on its way from here
+        again = sorted(counted)[:1]
+        assert combiner.add(3, 0, again, tuple(map(sealed, (q[1], q[2]))), q[1], q[2]) is True
+        assert combiner.collect(3, 0, 2)[0].shards == tuple(again)

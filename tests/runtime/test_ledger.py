@@ -192,7 +192,7 @@ def simulated(tiny: Callable[..., Config], tmp_path_factory: pytest.TempPathFact
             name = random.choice(sorted(busy), p=[[1.0], [0.2, 0.8], [0.1, 0.3, 0.6]][len(busy) - 1])
             call = busy.pop(name)
             if ledger.take(call, 0):
-                sums.append(worker.sums(versions[call.version], *divmod(call.number, 4))[1])
+                sums.append(worker.sums(versions[call.version], *divmod(call.number, 4)).sums)
         ledger.advance()
         parameters.move(mean_of(sums, config.task.meta_batch))
     assert {entry.step - entry.version for entry in ledger.entries} == {0, 1, 2}

@@ -99,23 +99,22 @@ def test_a_call_of_which_one_shard_is_unusable(
     on_cluster: Make, tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rest of the call counts, the shard is computed again, and nobody will know."""
-    from metadist.runtime.on_ray import OnRay, Shard
+    from metadist.runtime.on_ray import OnRay
+    from metadist.runtime.pool import Shard
 
-    real, changed = OnRay._events, []
+    real, changed = OnRay._take, []
 
-    def events(self: OnRay) -> Any:
-        results = real(self)
-        for number, (name, items, _, _) in enumerate(results):
-            if not changed and isinstance(items[0], Shard) and items[0].step == 3 and len(items) > 1:
-                bad, *rest = items
-                changed.append(bad)
-                shards = [item.shard for item in rest]
-                compute = self._actors[name].compute.options(num_returns=2)
-                receipt, q = compute.remote(self._sums.broadcast[0], 3, 0, shards)
-                results[number] = (name, items, self.ray.get(receipt)._replace(not_finite=(bad.shard,)), [q])
-        return results
+    def take(self: OnRay, step: int, came: Any) -> None:
+        if not changed and isinstance(came.items[0], Shard) and step == 3 and len(came.items) > 1:
+            bad, *rest = came.items
+            changed.append(bad)
+            shards = [item.shard for item in rest]
+            compute = self.pool.actors[came.worker].compute.options(num_returns=2)
+            receipt, q = compute.remote(self._sums.broadcast[0], 3, 0, shards)
+            came = came._replace(value=self.ray.get(receipt)._replace(not_finite=(bad.shard,)), sent=[q])
+        real(self, step, came)
 
-    monkeypatch.setattr(OnRay, "_events", events)
+    monkeypatch.setattr(OnRay, "_take", take)
     result = train(on_cluster(2), "tiny", tmp_path / "run").result
     assert len(changed) == 1
     assert result["theta_sha256"] == tiny_run.result["theta_sha256"]
@@ -185,7 +184,7 @@ def test_each_worker_sees_its_own_gpu(tiny: Make, cluster: Any) -> None:
     table = prepare(config.data.sources[0])
     runtime = OnRay(config, [table], None, pytest.fail)
     try:
-        seen = [runtime.ray.get(actor.introduce.remote()).gpus for actor in runtime._actors.values()]
+        seen = [runtime.ray.get(actor.introduce.remote()).gpus for actor in runtime.pool.actors.values()]
     finally:
         runtime.close()
     assert sorted(seen) == [("0",), ("1",)]
@@ -221,14 +220,15 @@ def test_a_worker_with_other_bits_than_its_run_is_refused(on_cluster: Make, monk
     """The second worker to introduce itself shows another probe: it gets no work, and the line says why."""
     from metadist.data.sources import prepare
     from metadist.runtime.on_ray import OnRay
+    from metadist.runtime.pool import Pool
 
-    real, arrived, said = OnRay._arrived, [], []
+    real, arrived, said = Pool._arrived, [], []
 
-    def other(self: OnRay, name: str, introduction: Any) -> None:
+    def other(self: Pool, name: str, introduction: Any, node: str) -> None:
         arrived.append(name)
-        real(self, name, introduction._replace(probe="0" * 64) if len(arrived) == 2 else introduction)
+        real(self, name, introduction._replace(probe="0" * 64) if len(arrived) == 2 else introduction, node)
 
-    monkeypatch.setattr(OnRay, "_arrived", other)
+    monkeypatch.setattr(Pool, "_arrived", other)
     config = resolve(on_cluster(2))
     runtime = OnRay(config, [prepare(config.data.sources[0])], None, said.append)
     try:

@@ -1,0 +1,268 @@
+"""The workers of a run as Ray actors: placed, admitted, replaced when they die, and what they were asked.
+
+What is asked, and what becomes of the answers, is the strategy's (`on_ray.py`, `asynchronous.py`).
+"""
+
+import math
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from metadist.config import Config
+from metadist.engine.fingerprint import differences
+from metadist.errors import ClusterError, MetadistError
+from metadist.runtime.cluster import first_line, free, reserved, room
+from metadist.runtime.dispatcher import Dispatcher
+from metadist.runtime.runtime import AggregatorLost, Say
+from metadist.runtime.worker import Introduction, Worker
+
+WAITING = 10.0
+"""Seconds between two lines about what is waited for, and those for workers that the run can begin without."""
+
+MOST_DEATHS_IN_A_ROW = 5
+"""Workers that may die one after the other before any of them finishes anything."""
+
+
+class Shard(NamedTuple):
+    """A shard of a meta-step; a step that is done again with coarser exponents is a new attempt."""
+
+    step: int
+    attempt: int
+    shard: int
+
+
+class Judgement(NamedTuple):
+    """Some tasks of an evaluation."""
+
+    evaluation: str
+    first: int
+    tasks: int
+
+
+Item = Shard | Judgement
+
+
+class Asked(NamedTuple):
+    """A call that a worker has not answered yet; sent: what of its results does not come here."""
+
+    worker: str
+    items: tuple[Item, ...]
+    sent: Sequence[Any]
+
+
+class Came(NamedTuple):
+    """The answer to a call."""
+
+    worker: str
+    items: tuple[Item, ...]
+    value: Any
+    sent: Sequence[Any]
+
+
+class Pool:
+    """`cluster.workers` of them, by name: worker-0, worker-1, …
+
+    near: the worker that has what an item needs, if one does. leave: told of a worker that is gone, returns what is
+    computed again; by default what the dispatcher had given it.
+    """
+
+    def __init__(
+        self,
+        ray: Any,
+        config: Config,
+        paths: Sequence[str],
+        say: Say,
+        near: Callable[[Item], str | None] = lambda item: None,
+        leave: Callable[[str], Sequence[Item]] | None = None,
+    ) -> None:
+        self.ray, self.config, self.paths, self.say = ray, config, paths, say
+        self.dispatcher: Dispatcher[Item] = Dispatcher(config.cluster.backup, near=near)
+        self.actors: dict[str, Any] = {}
+        self.asked: dict[Any, Asked] = {}
+        self.pids: dict[str, int] = {}
+        self.nodes: dict[str, str] = {}
+        self.called: dict[str, str] = {}
+        self.fingerprint: dict[str, str] = {}
+        self.hardware: dict[str, Any] = {}
+        self._leave = leave or self.dispatcher.leave
+        self._arriving: dict[Any, str] = {}
+        self._born = self._deaths = 0
+        self._alone_since: float | None = None
+        self._complete = False
+        self._group: Any = None
+        self._places: list[int] = []
+        self._place_of: dict[str, int] = {}
+
+    @property
+    def size(self) -> int:
+        """Workers that take part now."""
+        return len(self.dispatcher.held)
+
+    # --- their life ----------------------------------------------------------
+
+    def open(self) -> None:
+        """Start the workers and wait for as many as the run needs."""
+        self._place()
+        for _ in range(self.config.cluster.most):
+            self._hire()
+        self._first_workers()
+        self._complete = True
+
+    def close(self) -> None:
+        """End them, and give back their places."""
+        for name in list(self.actors):
+            self._dismiss(name)
+        if self._group is not None:
+            self.ray.util.remove_placement_group(self._group)
+
+    def _place(self) -> None:
+        """Reserve the places of as many workers as the run waits for, where `cluster.placement` says how."""
+        cluster = self.config.cluster
+        if cluster.placement != "any":
+            bundle = {kind: each for kind, each in reserved(cluster).items() if each}
+            strategy = {"spread": "SPREAD", "pack": "PACK"}[cluster.placement]
+            self._group = self.ray.util.placement_group([bundle] * cluster.least, strategy)
+            self._places = list(range(cluster.least))
+
+    def _hire(self) -> None:
+        """Start a worker; it joins when it has introduced itself, once the cluster has room for it."""
+        name = f"worker-{self._born}"
+        self._born += 1
+        cluster = self.config.cluster
+        options: dict[str, Any] = {
+            "num_cpus": cluster.cpus, "num_gpus": cluster.gpus, "resources": cluster.resources, "max_restarts": 0,
+        }  # fmt: skip
+        if self._places:
+            from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+            self._place_of[name] = self._places.pop(0)
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, self._place_of[name])
+        self.actors[name] = self.ray.remote(Worker).options(**options).remote(self.config, self.paths)
+        self._arriving[self.actors[name].__ray_call__.remote(_introduced)] = name
+
+    def _first_workers(self) -> None:
+        """Wait for as many workers as the run needs, and some seconds for those that come with them."""
+        cluster = self.config.cluster
+        deadline, told = time.monotonic() + cluster.timeout, time.monotonic()
+        enough = math.inf
+        # Workers started together take part together, so that each has some of the first shards.
+        while self.size < (wanted := max(cluster.least, room(self.ray, cluster))) and self._arriving:
+            self.events()
+            if self.size >= cluster.least:  # the rest of the room may be another run's
+                enough = min(enough, time.monotonic())
+            if time.monotonic() > min(deadline, enough + WAITING) and self.size >= 1:
+                break
+            if time.monotonic() > told + WAITING:
+                told = time.monotonic()
+                self.say(f"waiting for workers: {self.size} of {wanted} are there; {free(self.ray, cluster)}")
+        if self.size < cluster.least and self._arriving:
+            self.say(f"going on with {self.size} of {cluster.least} workers; others join when they can")
+
+    def _expect_a_worker(self) -> None:
+        """Refuse to wait for ever for a worker that nothing can start."""
+        timeout = self.config.cluster.timeout
+        if self.size:
+            self._alone_since = None
+        elif self._alone_since is None:
+            self._alone_since = time.monotonic()
+        elif time.monotonic() - self._alone_since > timeout:
+            raise ClusterError(
+                f"cluster.timeout: no worker was ready within {timeout:g} s; {free(self.ray, self.config.cluster)}"
+            )
+
+    def _arrived(self, name: str, introduction: Introduction, node: str) -> None:
+        """Admit a worker whose bits are the run's."""
+        found = introduction.fingerprint | {"probe": introduction.probe}
+        if not self.fingerprint:
+            self.fingerprint, self.hardware = found, introduction.hardware
+        told = differences(self.fingerprint, found)
+        if told:
+            self._dismiss(name)
+            self.say(f"refused a worker on {introduction.host} (process {introduction.pid}): it has {told}")
+            return
+        self.nodes[name], self.pids[name] = node, introduction.pid
+        # Hosts have process ids of their own: two workers may have the same.
+        here = introduction.host == socket.gethostname()
+        self.called[name] = f"{introduction.pid}" if here else f"{introduction.pid}@{introduction.host}"
+        self.dispatcher.join(name)
+        if self._complete:
+            self.say(f"worker {self.called[name]} joined; {self.size} workers now")
+
+    def _dismiss(self, name: str) -> None:
+        actor = self.actors.pop(name, None)
+        if actor is not None:
+            self.ray.kill(actor)
+            self._leave_place(name)
+
+    def _leave_place(self, name: str) -> None:
+        if name in self._place_of:
+            self._places.append(self._place_of.pop(name))
+
+    def _lost(self, name: str, reason: str) -> None:
+        """A worker died: what it held is computed again, and another one is started."""
+        if name not in self.actors:
+            return
+        del self.actors[name]
+        self._leave_place(name)
+        again = self._leave(name)
+        self.asked = {ref: asked for ref, asked in self.asked.items() if asked.worker != name}
+        self._deaths += 1
+        if self._deaths >= MOST_DEATHS_IN_A_ROW:
+            raise ClusterError(f"{self._deaths} workers died one after the other; the last one: {reason}")
+        self.say(f"worker {self.called.get(name, name)} died ({reason}); {len(again)} of its shards are computed again")
+        self._hire()
+
+    # --- calls and answers ---------------------------------------------------
+
+    def expect(self, ref: Any, worker: str, items: tuple[Item, ...], sent: Sequence[Any] = ()) -> None:
+        """A worker was called; its answer will come in by `events`."""
+        self.asked[ref] = Asked(worker, items, sent)
+
+    def forget(self) -> None:
+        """Whatever is open or asked for: no answer to it counts."""
+        self.dispatcher.drop()
+        self.dispatcher.free()
+        self.asked.clear()
+
+    def events(self) -> list[Came]:
+        """Answers that came in, after a second at most; workers that came and went are seen to."""
+        from ray.exceptions import RayError, RayTaskError
+
+        waiting = [*self.asked, *self._arriving]
+        if not waiting:
+            raise ClusterError("no worker is left: each one was refused, because its bits differ from the run's")
+        self._expect_a_worker()
+        patience = min(1.0, self.dispatcher.wait())
+        ready, _ = self.ray.wait(waiting, num_returns=1, timeout=patience, fetch_local=True)
+        came = []
+        for ref in ready:
+            asked, arriving = self.asked.pop(ref, None), self._arriving.pop(ref, None)
+            name = asked.worker if asked else arriving
+            if name is None:
+                continue  # its worker was lost while we looked at another answer
+            try:
+                value = self.ray.get(ref)
+            except RayTaskError as error:
+                if isinstance(error.cause, MetadistError):
+                    raise error.cause from error
+                if isinstance(error.cause, RayError):  # θ_t or a lane, its arguments
+                    what = f"what a worker was to compute from is lost with its process: {first_line(error.cause)}"
+                    raise AggregatorLost(what) from error
+                raise
+            except RayError as error:  # the worker died; or its answer did, with its node, or never fitted the memory
+                self._lost(name, first_line(error))
+                continue
+            if asked is None:
+                self._arrived(name, *value)
+            else:
+                came.append(Came(name, asked.items, value, asked.sent))
+                self._deaths = 0
+        return came
+
+
+def _introduced(worker: Worker) -> tuple[Introduction, str]:
+    """In the actor: who it is, and the node it runs on."""
+    import ray
+
+    return worker.introduce(), ray.get_runtime_context().get_node_id()
