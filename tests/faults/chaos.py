@@ -44,6 +44,11 @@ JOB: dict[str, Any] = {
 CALM_SECONDS = (3.0, 15.0)
 """Between two faults; some come while the run still suffers from the one before."""
 
+SILENCE = 8.0
+"""Seconds after which an aggregator that stands still is replaced; some are frozen for less, some for longer."""
+
+WAYS = [[f"cluster.sums={sums}", f"cluster.aggregators={pieces}"] for sums in ("flat", "tree") for pieces in (1, 2)]
+
 HANGS = 150.0
 """Seconds without a checkpoint that no fault explains."""
 
@@ -76,7 +81,10 @@ class Soak:
         self.job = folder / "chaos.yaml"
         workers = "{min: 1, max: 3}" if isinstance(place, InLab) else "2"
         self.job.write_text(to_yaml(validate(JOB, "chaos")))
-        self.words = [f"cluster.workers={workers}", f"cluster.address={place.address}", "cluster.timeout=120"]
+        self.words = [
+            f"cluster.workers={workers}", f"cluster.address={place.address}", "cluster.timeout=120",
+            f"cluster.silence={SILENCE:g}",
+        ]  # fmt: skip
         self.driver = self.start()
 
     # --- the driver ------------------------------------------------------------------
@@ -86,7 +94,8 @@ class Soak:
         if not begun:  # killed before the folder was whole
             shutil.rmtree(self.run, ignore_errors=True)
         verb = ["train", "--resume", self.run] if begun else ["train", self.job, "--run-dir", self.run]
-        return self.place.start([*verb, *self.words], self.output)
+        way = self.drawn.choice(WAYS)  # from one to another, which no bit may depend on
+        return self.place.start([*verb, *self.words, *way], self.output)
 
     def keep_going(self) -> None:
         """Start the driver again where it ended."""
@@ -138,16 +147,22 @@ class Soak:
         kill(*pids)
         return f"process {pids[0]}" if pids else ""
 
+    def kill_combiner(self) -> str:
+        """Where the sums of a node are added, when they are."""
+        pids = self.one("ray::Combiner")
+        kill(*pids)
+        return f"process {pids[0]}" if pids else ""
+
     def freeze_worker(self) -> str:
-        return self._freeze("ray::Worker")
+        return self._freeze("ray::Worker", 6)
 
     def freeze_aggregator(self) -> str:
-        return self._freeze("ray::Aggregator")
+        return self._freeze("ray::Aggregator", 2 * SILENCE)
 
-    def _freeze(self, name: str) -> str:
+    def _freeze(self, name: str, longest: float) -> str:
         for pid in self.one(name):
             lab_of.freeze(pid)
-            self.frozen[pid] = time.time() + self.drawn.uniform(0.2, 6)
+            self.frozen[pid] = time.time() + self.drawn.uniform(0.2, longest)
             return f"process {pid}"
         return ""
 
@@ -222,9 +237,9 @@ class Soak:
         """Faults for so long."""
         kinds = [
             self.kill_worker, self.kill_all_workers, self.kill_aggregator, self.freeze_worker, self.freeze_aggregator,
-            self.kill_driver, self.preempt_driver, self.damage_checkpoint,
+            self.kill_driver, self.preempt_driver, self.damage_checkpoint, self.kill_combiner,
         ]  # fmt: skip
-        weights = [4, 1, 2, 3, 1, 1, 0.5, 0.5]
+        weights = [4, 1, 2, 3, 1, 1, 0.5, 0.5, 1]
         if isinstance(self.place, InLab):
             kinds, weights = [*kinds, self.kill_host, self.cut_host], [*weights, 2, 2]
         ends = time.time() + seconds
