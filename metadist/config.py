@@ -10,7 +10,7 @@ folder and is itself a valid job file.
 import difflib
 import json
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_origin
 
@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from metadist.errors import ConfigError
 from metadist.methods import AnyAlgorithm, InnerLoop, Maml, every_method
-from metadist.tree import AtLeastTwo, Count, NonNegative, Number, Positive, Rate, Tree
+from metadist.tree import AtLeastTwo, Count, NonNegative, Number, Positive, Rate, Seed, Tree
 
 
 def _yaml_off(value: Any) -> Any:
@@ -87,6 +87,7 @@ class Task(Tree):
     within_group: bool = Field(False, description="draw all classes of an episode from one group (one alphabet)")
     rotate: bool = Field(False, description="turn each class of a training episode by a random multiple of 90 degrees")
     transductive: bool = Field(True, description="normalise the queries of a task by their own batch statistics")
+    seed: Seed | None = Field(None, description="of the sampling of training tasks; the run's seed without it")
 
 
 class Model(Tree):
@@ -312,6 +313,10 @@ class Eval(Tree):
     queries: Positive | None = None
     inner_steps: Count | None = None
     transductive: bool | None = None
+    seed: Seed | None = Field(None, description="of the sampling of evaluation tasks; the run's seed without it")
+    draw: Count = Field(
+        0, description="which of the disjoint streams of evaluation tasks; 0 has the validations' tasks"
+    )
     finetune_steps: Count = Field(0, description="gradient steps on the support set for methods without inner loop")
     finetune_lr: Rate = Field(0.01, description="rate of those steps")
     also: list[dict[str, bool | int | float | None]] = Field(
@@ -331,7 +336,7 @@ class Tracking(Tree):
 class Config(Tree):
     """A whole run."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63), Number] = 0
+    seed: Seed = Field(0, description="of initial θ, and of the sampling of tasks")
     data: Data = Data()
     task: Task = Task()
     model: Model = Model()
@@ -488,8 +493,8 @@ def find_job(job: str) -> Path:
     path = Path(job)
     if path.is_file():
         return path
-    if job in packaged_jobs():
-        return packaged_jobs()[job]
+    if job in packaged_files():
+        return packaged_files()[job]
     if path.is_dir() or path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise ConfigError(f"job file {job} {what}; a packaged job is one of: {', '.join(sorted(packaged_jobs()))}")
@@ -498,7 +503,12 @@ def find_job(job: str) -> Path:
 
 
 def packaged_jobs() -> dict[str, Path]:
-    """Name → file of the job files that ship with the package."""
+    """Name → file of the job files that ship with the package; those of searches are not among them."""
+    return {name: path for name, path in packaged_files().items() if not name.startswith("search-")}
+
+
+def packaged_files() -> dict[str, Path]:
+    """The same, with those of searches."""
     package = Path(__file__).parent
     for folder in (package / "jobs", package.parent / "jobs"):  # installed, or a checkout
         found = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
@@ -531,22 +541,31 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def apply_overrides(raw: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """`raw` with each `key.path=value` set; values are read as YAML."""
+    return with_keys(raw, dict(map(parse_override, words)))
+
+
+def parse_override(word: str) -> tuple[str, Any]:
+    """Key path and value of `key.path=value`; the value is read as YAML."""
+    key, equals, text = word.partition("=")
+    if not equals or not all(key.strip().split(".")):
+        raise ConfigError(f"override {word!r}: write key.path=value, for example task.shots=5")
+    try:
+        return key.strip(), yaml.load(text, _NoDuplicates)  # noqa: S506, a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {word!r}: the value is not valid YAML") from error
+
+
+def with_keys(raw: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `raw` with the values of some key paths set."""
     raw = json.loads(json.dumps(raw, default=str))
     # Another method first: the keys of the file's method that it does not have go, given ones stay.
-    for word in sorted(words, key=lambda word: not word.startswith("algorithm.name=")):
-        key, equals, text = word.partition("=")
-        path = key.strip().split(".")
-        if not equals or not all(path):
-            raise ConfigError(f"override {word!r}: write key.path=value, for example task.shots=5")
-        try:
-            value = yaml.load(text, _NoDuplicates)  # noqa: S506, a SafeLoader
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {word!r}: the value is not valid YAML") from error
+    for key, value in sorted(values.items(), key=lambda item: item[0] != "algorithm.name"):
+        path = key.split(".")
         node = raw
         for part in path[:-1]:
             child = node.setdefault(part, {})
             if not isinstance(child, dict):
-                raise ConfigError(f"override {word!r}: {part} is a value, not a section")
+                raise ConfigError(f"{key}: {part} is a value, not a section")
             node = child
         if path == ["algorithm", "name"] and value in algorithm_names():
             known = _tree_at(["algorithm"], value)
@@ -561,7 +580,7 @@ def validate(raw: dict[str, Any], origin: str) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f"{origin}: {_one_line(error, raw)}") from error
+        raise ConfigError(f"{origin}: {one_line(error, raw)}") from error
 
 
 def to_yaml(config: Config) -> str:
@@ -673,7 +692,7 @@ def flatten(config: Config) -> dict[str, Any]:
 # --- messages ----------------------------------------------------------------
 
 
-def _one_line(error: ValidationError, raw: dict[str, Any]) -> str:
+def one_line(error: ValidationError, raw: dict[str, Any], root: type[Tree] | None = None) -> str:
     """The first problem, told with the key's dotted name and the nearest valid one."""
     # Of a union's alternatives, the one that got furthest is the one that was meant.
     first = max(error.errors(), key=lambda problem: len(problem["loc"]))
@@ -686,8 +705,10 @@ def _one_line(error: ValidationError, raw: dict[str, Any]) -> str:
     path = [part for part in path if part not in ("str", "int", "float", "bool")]
     key = ".".join(path)
     kind, given = first["type"], first.get("input")
+    if kind == "extra_forbidden" and key == "search":
+        return "search: is read by `metadist search`; what it finds is trained from best.yaml in its folder"
     if kind == "extra_forbidden":
-        owner = _tree_at(path[:-1], tag)
+        owner = _tree_at(path[:-1], tag, root)
         names = list(owner.model_fields) if owner else []
         prefix = ".".join([*path[:-1], ""])
         return f"unknown key {key}{_did_you_mean(path[-1], names, prefix) or _choices([prefix + n for n in names])}"
@@ -709,9 +730,9 @@ def algorithm_names() -> list[str]:
     return [method.method_name() for method in every_method()]
 
 
-def _tree_at(path: Sequence[str], tag: str | None) -> type[Tree] | None:
+def _tree_at(path: Sequence[str], tag: str | None, root: type[Tree] | None = None) -> type[Tree] | None:
     """The class of the tree's node at a dotted path, for naming its keys."""
-    node: Any = Config
+    node: Any = root or Config
     for part in path:
         if part.isdigit():
             continue

@@ -17,6 +17,7 @@ Number = BeforeValidator(_no_truth_value)
 Positive = Annotated[int, Field(ge=1), Number]
 Count = Annotated[int, Field(ge=0), Number]
 AtLeastTwo = Annotated[int, Field(ge=2), Number]
+Seed = Annotated[int, Field(ge=0, lt=2**63), Number]
 Rate = Annotated[float, Field(gt=0, le=1e38, allow_inf_nan=False), Number]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), Number]
 

@@ -151,7 +151,7 @@ class Engine:
             self._judged[key] = (sampler, algorithms.for_evaluation(judged, sampler.shape, self.tasks.classes))
         sampler, algorithm = self._judged[key]
         theta, state = self.blueprint.named(values, self.device)
-        episodes = sampler.sample(0, first, self.shard_tasks)
+        episodes = sampler.sample(judged.eval.draw, first, self.shard_tasks)
         found = self._judge(algorithm, OBJECTIVES[judged.kind], theta, state, episodes, sampler.ways)
         return {name: value[:tasks].double().cpu().numpy() for name, value in found.items()}
 

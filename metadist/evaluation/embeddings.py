@@ -33,7 +33,7 @@ def embeddings(
     with one_thread(), torch.no_grad():
         for first in range(0, tasks, config.shard):
             # Always a whole shard, so that a task's bits do not depend on how many are asked for.
-            episodes = sampler.sample(0, first, config.shard)
+            episodes = sampler.sample(config.eval.draw, first, config.shard)
             found = vmap(lambda support: algorithm.embed(theta, support))(episodes.support)
             for offset, (vector, family) in enumerate(zip(found, episodes.family.tolist(), strict=True)):
                 name = sampler.families[family]

@@ -40,12 +40,12 @@ def training_tasks(config: Config, tables: Sequence[Table], device: torch.device
     """The tasks of meta-training."""
     task, dtype = config.task, getattr(torch, config.engine.dtype)
     if config.kind == "regression":
-        return Sinusoid("train", config.seed, task.shots, task.queries, dtype, device)
+        return Sinusoid("train", _or(task.seed, config.seed), task.shots, task.queries, dtype, device)
     return FewShot(
         tables,
         [source.weight for source in config.data.sources],
         "train",
-        seed=config.seed,
+        seed=_or(task.seed, config.seed),
         ways=task.ways,
         shots=task.shots,
         queries=task.queries,
@@ -61,12 +61,12 @@ def evaluation_tasks(config: Config, tables: Sequence[Table], split: str, device
     task, judged, dtype = config.task, config.eval, getattr(torch, config.engine.dtype)
     shots, queries = judged.shots or task.shots, judged.queries or task.queries
     if config.kind == "regression":
-        return Sinusoid(split, config.seed, shots, queries, dtype, device)
+        return Sinusoid(split, _or(judged.seed, config.seed), shots, queries, dtype, device)
     return FewShot(
         tables,
         [source.weight for source in config.data.sources],
         split,
-        seed=config.seed,
+        seed=_or(judged.seed, config.seed),
         ways=judged.ways or task.ways,
         shots=shots,
         queries=queries,
@@ -75,3 +75,7 @@ def evaluation_tasks(config: Config, tables: Sequence[Table], split: str, device
         device=device,
         keys="eval" if (judged.ways or judged.shots or judged.queries) else "task",
     )
+
+
+def _or(own: int | None, run: int) -> int:
+    return run if own is None else own

@@ -1,0 +1,80 @@
+"""The section `search` of a job file."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from metadist.config import Config
+from metadist.search.space import Condition, Domain, Grid, read_space
+from metadist.tree import Count, Number, Positive, Rate, Seed, Tree
+
+Fraction = Annotated[float, Field(gt=0, lt=1), Number]
+
+COSTS = ("adaptation_mflop", "seconds", "peak_memory")
+"""Metrics that are better when they are small, and that every trial has at its end; others are the measure's."""
+
+
+class Search(Tree):
+    """How trials are drawn, stopped and chosen among."""
+
+    space: Annotated[dict[str, Domain], BeforeValidator(read_space), Field(min_length=1)] = Field(
+        description="searched keys, each with {uniform: [a, b]}, {loguniform: [a, b]}, {randint: [a, b]}, both "
+        "included, {choice: [...]} or {grid: [...]}"
+    )
+    conditions: list[Condition] = Field([], description="{when: {key: …}, need: {key: …}}; other points are not tried")
+    trials: Positive = Field(16, description="trials to start, the baseline among them")
+    concurrent: Positive = Field(2, description="trials at once")
+    searcher: Literal["random", "grid", "optuna"] = Field("optuna", description="who proposes points; optuna: TPE")
+    scheduler: Literal["fifo", "asha", "median"] = Field("asha", description="who stops trials early; fifo: nobody")
+    seed: Seed = Field(0, description="of the search, not of its runs")
+    also: list[str] = Field([], description="further aims beside the validation's score, all small: a Pareto table")
+    reduction: Annotated[int, Field(ge=2), Number] = Field(2, description="of asha: the best 1/reduction goes on")
+    grace: Positive | None = Field(
+        None, description="of asha and median: meta-steps that every trial takes; eval.every"
+    )
+    samples: Positive = Field(3, description="of median: other trials that must have come as far")
+    startup: Count | None = Field(None, description="of optuna: trials drawn at random first; a third, at most 10")
+    baseline: bool = Field(True, description="the first trial is the job's own values, and is never stopped early")
+    finalists: Positive = Field(3, description="best trials that are judged again, on more tasks, to choose the winner")
+    selection: Positive = Field(1000, description="validation tasks on which finalists are judged")
+    fresh: Positive = Field(1000, description="validation tasks nobody has seen, on which the winner's gain is told")
+    retries: Count = Field(1, description="of a trial whose process died")
+    budget: Rate | None = Field(None, description="minutes after which no further trial is started")
+
+    @model_validator(mode="after")
+    def _each_key_is_read(self) -> "Search":
+        for key, reader, value in (("reduction", "asha", 2), ("samples", "median", 3)):
+            if getattr(self, key) != value and self.scheduler != reader:
+                raise ValueError(f"{key}: is read by search.scheduler={reader} only, not by {self.scheduler}")
+        if self.grace is not None and self.scheduler == "fifo":
+            raise ValueError("grace: is read by search.scheduler=asha or median only, not by fifo")
+        if self.startup is not None and self.searcher != "optuna":
+            raise ValueError(f"startup: is read by search.searcher=optuna only, not by {self.searcher}")
+        other = next((key for key, domain in self.space.items() if not isinstance(domain, Grid)), None)
+        if self.searcher == "grid" and other is not None:
+            raise ValueError(f"space.{other}: search.searcher=grid wants {{grid: [...]}} for every key")
+        if self.also and self.scheduler != "fifo":
+            raise ValueError(
+                "also: trials that are stopped early have no costs to compare; valid with search.scheduler=fifo"
+            )
+        for name in self.also:
+            if name not in COSTS:
+                raise ValueError(f"also: {name!r} is no cost; valid: {', '.join(COSTS)}")
+        return self
+
+    def fits(self, base: Config) -> None:
+        """Raise ValueError where it does not go with the run."""
+        every, last = base.eval.every, base.outer.steps
+        if not every or every > last:
+            raise ValueError(f"eval.every: trials are compared on validations; {every} is none in outer.steps={last}")
+        if self.grace is not None and self.grace % every:
+            raise ValueError(f"search.grace: {self.grace} meta-steps are not a multiple of eval.every={every}")
+
+    def first_rung(self, base: Config) -> int:
+        """Meta-steps that every trial takes."""
+        return self.grace or base.eval.every
+
+
+def first_random(search: Search) -> int:
+    """Trials that optuna's searcher draws at random before it models."""
+    return min(10, -(-search.trials // 3)) if search.startup is None else search.startup

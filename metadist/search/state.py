@@ -1,0 +1,47 @@
+"""What a search knows of its trials."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from metadist.search.space import Point
+
+Decision = Literal["go", "stop"]
+How = Literal["finished", "stopped", "diverged", "memory", "refused", "failed", "crashed"]
+"""Ways in which a trial ends: all its steps; early, by the scheduler; and what is recorded with its reason."""
+
+
+class Report(NamedTuple):
+    """A validation of a trial behind `step` meta-steps, and what was decided then.
+
+    values: `score` and `ci95` on the validation's tasks, and what else was measured.
+    """
+
+    step: int
+    values: dict[str, float]
+    decision: Decision
+
+
+class End(NamedTuple):
+    """How a trial ended, behind how many meta-steps; facts: of its result, and its costs."""
+
+    how: How
+    step: int
+    reason: str
+    facts: dict[str, Any]
+
+
+@dataclass
+class Trial:
+    """One run of the search. id: `000`, `001`, …, also its folder's name; origin: who proposed it."""
+
+    id: str
+    index: int
+    origin: Literal["baseline", "random", "grid", "optuna"]
+    values: Point
+    attempt: int = 0
+    reports: list[Report] = field(default_factory=list)
+    end: End | None = None
+
+    def score_at(self, step: int) -> float | None:
+        """That of the first validation behind `step` meta-steps or more."""
+        return next((report.values["score"] for report in self.reports if report.step >= step), None)
