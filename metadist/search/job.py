@@ -58,7 +58,10 @@ def checked(raw: dict[str, Any], origin: str) -> SearchJob:
         search = Search.model_validate(section)
         search.fits(base)
     except ValidationError as error:
-        raise ConfigError(f"{origin}: search.{one_line(error, section, Search)}") from error
+        line = one_line(error, section, Search)
+        unknown = line.startswith("unknown key ")
+        told = line.replace("unknown key ", "unknown key search.") if unknown else f"search.{line}"
+        raise ConfigError(f"{origin}: {told}") from error
     except ValueError as error:
         raise ConfigError(f"{origin}: {error}") from error
     check_space(base.model_dump(), search.space)

@@ -25,6 +25,12 @@ SEARCHED = ("seed", "task", "model", "algorithm", "outer")
 """Sections whose keys may be searched: those that say what is learnt. What it is judged by is the same for all."""
 
 
+NEVER = {"outer.steps": "how long a trial trains is the same for all"}
+
+INSIDE = 0.3819660112501051
+"""A place between two bounds at which no whole number lies: a real number for a whole one is found out."""
+
+
 def _in_order(bounds: tuple[Any, Any], name: str) -> None:
     if bounds[0] >= bounds[1]:
         raise ValueError(f"{name}: the lower bound comes first, not [{bounds[0]}, {bounds[1]}]")
@@ -41,8 +47,8 @@ class Uniform(Tree):
         return self
 
     @property
-    def ends(self) -> tuple[Value, ...]:
-        return self.uniform
+    def witnesses(self) -> tuple[Value, ...]:
+        return *self.uniform, self.at(INSIDE)
 
     def at(self, u: float) -> Value:
         low, high = self.uniform
@@ -60,8 +66,8 @@ class LogUniform(Tree):
         return self
 
     @property
-    def ends(self) -> tuple[Value, ...]:
-        return self.loguniform
+    def witnesses(self) -> tuple[Value, ...]:
+        return *self.loguniform, self.at(INSIDE)
 
     def at(self, u: float) -> Value:
         low, high = self.loguniform
@@ -79,7 +85,7 @@ class RandInt(Tree):
         return self
 
     @property
-    def ends(self) -> tuple[Value, ...]:
+    def witnesses(self) -> tuple[Value, ...]:
         return self.randint
 
     def at(self, u: float) -> Value:
@@ -93,7 +99,7 @@ class Choice(Tree):
     choice: list[Value] = Field(min_length=1)
 
     @property
-    def ends(self) -> tuple[Value, ...]:
+    def witnesses(self) -> tuple[Value, ...]:
         return tuple(self.choice)
 
     def at(self, u: float) -> Value:
@@ -106,7 +112,7 @@ class Grid(Tree):
     grid: list[Value] = Field(min_length=1)
 
     @property
-    def ends(self) -> tuple[Value, ...]:
+    def witnesses(self) -> tuple[Value, ...]:
         return tuple(self.grid)
 
     def at(self, u: float) -> Value:
@@ -156,22 +162,24 @@ def _meets(demand: Demand, value: Any) -> bool:
     return value in demand if isinstance(demand, list) else value == demand
 
 
-def read_space(raw: Mapping[str, Any]) -> dict[str, Domain]:
+def read_space(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Domain]:
     """The domains of `search.space`, by dotted key; sections may be nested or dotted. Raises ConfigError."""
     found: dict[str, Domain] = {}
-    for key, entry in raw.items():
+    for name, entry in raw.items():
+        key = f"{prefix}{name}"
+        if isinstance(entry, Uniform | LogUniform | RandInt | Choice | Grid):
+            found[key] = entry
+            continue
         if not isinstance(entry, Mapping):
             raise ConfigError(
                 f"search.space.{key}: {entry!r} is a value; valid is a way to draw one, such as {{choice: [1, 3, 5]}}"
             )
-        if entry and not any(name in KINDS for name in entry):
-            if len(entry) == 1 and not isinstance(next(iter(entry.values())), Mapping):
-                (name,) = entry
-                raise ConfigError(f"search.space.{key}: unknown {name}; valid: {', '.join(KINDS)}")
-            inner = read_space(entry)
-            found |= {f"{key}.{name}": domain for name, domain in inner.items()}
+        if entry and not any(kind in KINDS for kind in entry):
+            if not any(isinstance(inner, Mapping) for inner in entry.values()):
+                raise ConfigError(f"search.space.{key}: unknown {next(iter(entry))}; valid: {', '.join(KINDS)}")
+            found |= read_space(entry, f"{key}.")
             continue
-        found[str(key)] = _domain(str(key), entry)
+        found[key] = _domain(key, entry)
     return found
 
 
@@ -201,9 +209,11 @@ def check_space(base: Mapping[str, Any], space: Mapping[str, Domain]) -> None:
     """
     for key, domain in space.items():
         section = key.split(".")[0]
+        if key in NEVER:
+            raise ConfigError(f"search.space.{key}: is not searched: {NEVER[key]}")
         if section not in SEARCHED:
             raise ConfigError(f"search.space.{key}: is not searched; valid are keys of {', '.join(SEARCHED)}")
-        for value in domain.ends:
+        for value in domain.witnesses:
             problem = _never(base, space, key, value)
             if problem:
                 raise ConfigError(f"search.space.{key}: {problem}")
@@ -211,7 +221,7 @@ def check_space(base: Mapping[str, Any], space: Mapping[str, Domain]) -> None:
 
 def _never(base: Mapping[str, Any], space: Mapping[str, Domain], key: str, value: Value) -> str:
     """Why a key can never have a value; empty where it can, with some method that is searched."""
-    names = space["algorithm.name"].ends if "algorithm.name" in space and key.startswith("algorithm.") else (None,)
+    names = space["algorithm.name"].witnesses if "algorithm.name" in space and key.startswith("algorithm.") else (None,)
     problem = ""
     for name in names:
         point = {key: value} if name is None or key == "algorithm.name" else {"algorithm.name": name, key: value}
