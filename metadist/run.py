@@ -28,7 +28,7 @@ from metadist.runtime.ledger import staleness, write_ledger
 from metadist.runtime.preemption import Preempted, noticed
 from metadist.runtime.run_folder import RunFolder, fresh_name, refuse_existing, run_name
 from metadist.runtime.runtime import Runtime
-from metadist.runtime.train import Trainer
+from metadist.runtime.train import Trainer, Watch
 from metadist.tasks.samplers import training_tasks
 from metadist.tracking import follow
 from metadist.tracking.destination import check_uri, resolve_uri
@@ -46,8 +46,14 @@ class Finished(NamedTuple):
     notes: list[str]
 
 
-def train(config: Config, job: str, run_dir: Path | None = None, started: float | None = None) -> Finished:
-    """Meta-train a config into a new run folder. started: unix time of the process's start."""
+def train(
+    config: Config, job: str, run_dir: Path | None = None, started: float | None = None, watch: Watch | None = None
+) -> Finished:
+    """Meta-train a config into a new run folder. started: unix time of the process's start.
+
+    watch: called behind every validation, once its checkpoint is handed over; what it raises ends the run, Stopped
+    first of all, and nothing is left but the run folder.
+    """
     path = run_dir or fresh_name(job)
     refuse_existing(path)
     config = with_tracking(resolve(config), path)
@@ -58,23 +64,27 @@ def train(config: Config, job: str, run_dir: Path | None = None, started: float 
     try:
         folder = RunFolder.create(path, config, name)
         try:
-            return _run(config, tables, folder, runtime, None, {}, started)
+            return _run(config, tables, folder, runtime, None, {}, started, watch)
         finally:
             folder.unlock()
     finally:
         runtime.close()
 
 
-def resume(run_dir: Path, overrides: list[str], started: float | None = None) -> Finished:
+def resume(
+    run_dir: Path, overrides: list[str], started: float | None = None, watch: Watch | None = None
+) -> Finished:
     """Go on with a run from its newest good checkpoint."""
     folder = RunFolder.open(run_dir)
     try:
-        return _resume(run_dir, folder, overrides, started)
+        return _resume(run_dir, folder, overrides, started, watch)
     finally:
         folder.unlock()
 
 
-def _resume(run_dir: Path, folder: RunFolder, overrides: list[str], started: float | None) -> Finished:
+def _resume(
+    run_dir: Path, folder: RunFolder, overrides: list[str], started: float | None, watch: Watch | None
+) -> Finished:
     say = _printer()
     before = folder.config()
     raw = before.model_dump()
@@ -108,7 +118,7 @@ def _resume(run_dir: Path, folder: RunFolder, overrides: list[str], started: flo
             record = record | {"reproducible": False}
         folder.write_config(config)
         (run_dir / "result.json").unlink(missing_ok=True)
-        return _run(config, tables, folder, runtime, best, record, started)
+        return _run(config, tables, folder, runtime, best, record, started, watch)
     finally:
         runtime.close()
 
@@ -180,6 +190,7 @@ def _run(
     best: Best | None,
     record: dict[str, Any],
     started: float | None,
+    watch: Watch | None,
 ) -> Finished:
     first = runtime.step
     rows = read_metrics(folder.path / "metrics.parquet")
@@ -193,7 +204,7 @@ def _run(
         journal.cut(first)
         journal.catch_up(runtime.earlier, MEASURES[config.kind].name)
         display: Progress = progress(config.outer.steps, config.cluster.most, MEASURES[config.kind])
-        trainer = Trainer(config, runtime, folder, journal, display, best, record, started)
+        trainer = Trainer(config, runtime, folder, journal, display, best, record, started, watch)
         try:
             with noticed(config.checkpoint.grace):
                 with display:

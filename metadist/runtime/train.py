@@ -3,10 +3,10 @@
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from metadist.config import Config
-from metadist.errors import ClusterError, Divergence
+from metadist.errors import ClusterError, Divergence, MetadistError
 from metadist.evaluation.protocol import Score, score, validation_settings
 from metadist.measure import MEASURES
 from metadist.runtime.aggregator import Report, Snapshot
@@ -20,6 +20,20 @@ from metadist.tracking.progress import Progress
 
 MOST_LOSSES = 5
 """Aggregators that may die one after the other without a new checkpoint in between."""
+
+Watch = Callable[[int, Score], None]
+"""Told of each validation: steps done, and the score. The loop waits for it."""
+
+
+class Stopped(MetadistError):
+    """Raised by whoever watches: the run ends here, its checkpoints stand."""
+
+
+class Validation(NamedTuple):
+    """better: than every one before."""
+
+    score: Score
+    better: bool
 
 
 class Trainer:
@@ -35,9 +49,10 @@ class Trainer:
         best: Best | None,
         record: dict[str, Any],
         started: float | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.config, self.runtime, self.folder = config, runtime, folder
-        self.journal, self.display, self.best = journal, display, best
+        self.journal, self.display, self.best, self.watch = journal, display, best, watch
         self.record = {
             "fingerprint": runtime.fingerprint,
             "reproducible": record.get("reproducible", True),
@@ -100,10 +115,11 @@ class Trainer:
             seconds = time.perf_counter() - began
             self._training += seconds
             self._done_here += 1
-            if validate:
-                save = self._validate(done) or save
-            if save:
+            found = self._validate(done) if validate else None
+            if save or (found is not None and found.better):
                 self._checkpoint(self.runtime.snapshot())
+            if found is not None and self.watch is not None:  # last of all: what it decides on is complete
+                self.watch(done, found.score)
         self.journal.flush()  # an aggregator lost in the last checkpoint is found here, where it can be replaced
         return self.runtime.snapshot()()
 
@@ -123,8 +139,8 @@ class Trainer:
         )
         self.display.step(report.step + 1, report.loss, report.score, rate, self.runtime.workers)
 
-    def _validate(self, done: int) -> bool:
-        """Judge the state on meta-validation; whether it is the best so far."""
+    def _validate(self, done: int) -> Validation:
+        """Judge the state on meta-validation."""
         setting = validation_settings(self.config)
         found: Score = score(self.runtime.judge(None, setting, "val", self.config.eval.val_episodes)["score"])
         better = self.best is None or self.measure.better(found.mean, self.best.score)
@@ -132,7 +148,7 @@ class Trainer:
             self.best = Best(done, found.mean, found.ci95)
         self.journal.row(done, **{f"val_{self.measure.name}": found.mean}, val_ci95=found.ci95)
         self.display.validation(done, found.mean, found.ci95, better)
-        return better
+        return Validation(found, better)
 
     def _checkpoint(self, later: Callable[[], Snapshot]) -> None:
         best, record = self.best, self._recorded()

@@ -1,0 +1,165 @@
+"""A trial is a run: the same code as `metadist train`, watched at its validations. Knows no Ray."""
+
+import math
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from json import dumps
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from metadist import run
+from metadist.config import Config
+from metadist.durable import lock
+from metadist.errors import ConfigError, DataError, Divergence, MetadistError, RunError, StorageError
+from metadist.evaluation.protocol import Score
+from metadist.measure import MEASURES
+from metadist.runtime.checkpoint import newest_good
+from metadist.runtime.journal import read_metrics
+from metadist.runtime.train import Stopped
+from metadist.search.costs import adaptation_mflop, forget_peak, peak_memory
+from metadist.search.job import SearchJob
+from metadist.search.state import Decision, End, How, Trial
+
+Ask = Callable[[int, dict[str, float]], Decision]
+"""Tells of a validation behind so many meta-steps, and waits for what is decided."""
+
+OTHERS_SECONDS = 60.0
+"""How long a trial waits for the process that computed it before, which may still be ending."""
+
+
+def trial_config(job: SearchJob, trial: Trial) -> Config:
+    """The run of a trial. Raises ConfigError.
+
+    Behind every validation stands a checkpoint, so that what has been decided never has to be computed again.
+    """
+    config = job.config(trial.values)
+    place = {"address": "auto"} if config.cluster.most else {}
+    return config.with_values(
+        eval={"test": False},
+        tracking={"uri": "off"},
+        checkpoint={"every": config.eval.every},
+        cluster={**place, "linger": 0.0, "placement": "any"},
+    )
+
+
+def run_trial(job: SearchJob, trial: Trial, folder: Path, ask: Ask) -> End:
+    """Begin a trial of the search in `folder`, or go on with it, until it ends in some way.
+
+    What the run says goes to `logs/ID.log`. Raises StorageError: a full disk is not the trial's fault.
+    """
+    log = folder / "logs" / f"{trial.id}.log"
+    with log.open("a", encoding="utf-8") as said, redirect_stdout(said), redirect_stderr(said):
+        return _Attempt(job, trial, folder / "trials" / trial.id, ask).end()
+
+
+class _Ended(NamedTuple):
+    how: How
+    reason: str
+
+
+class _Attempt:
+    """One process's part of a trial."""
+
+    def __init__(self, job: SearchJob, trial: Trial, path: Path, ask: Ask) -> None:
+        self.job, self.trial, self.path, self.ask = job, trial, path, ask
+        self.began = time.time()
+
+    def end(self) -> End:
+        forget_peak()
+        ended = self._ended()
+        if ended.reason:
+            print(f"{ended.how}: {ended.reason}", flush=True)
+        step, facts = self._facts()
+        if ended.how in ("finished", "stopped"):
+            config = trial_config(self.job, self.trial)
+            facts["adaptation_mflop"] = adaptation_mflop(config, run.checked_tables(config, print))
+        return End(ended.how, step, ended.reason, facts)
+
+    def _ended(self) -> _Ended:
+        try:
+            config = trial_config(self.job, self.trial)
+            _wait_for_others(self.path)
+            if (self.path / "config.yaml").is_file():
+                self._hand_in(config)
+                run.resume(self.path, _cluster_of(config), self.began, self._watch)
+            else:
+                run.train(config, self.trial.id, self.path, self.began, self._watch)
+        except Stopped as end:
+            return _Ended("stopped", str(end))
+        except Divergence as error:
+            return _Ended("diverged", str(error))
+        except (ConfigError, DataError) as error:
+            return _Ended("refused", str(error))
+        except StorageError as error:
+            raise StorageError(str(error.__cause__ or error)) from error  # without how to resume a single run
+        except MetadistError as error:
+            return _Ended("failed", str(error))
+        except Exception as error:  # noqa: BLE001, whatever it is, the search goes on
+            traceback.print_exc()
+            line = " ".join(str(error).split())[:300]
+            return _Ended("memory" if _out_of_memory(error) else "crashed", f"{type(error).__name__}: {line}")
+        return _Ended("finished", "")
+
+    def _watch(self, step: int, score: Score) -> None:
+        if not math.isfinite(score.mean):
+            raise Divergence(f"the validation behind step {step} is {score.mean}")
+        interval = {"ci95": score.ci95} if math.isfinite(score.ci95) else {}
+        values = {"score": score.mean, **interval, "seconds": time.time() - self.began, **peak_memory()}
+        if self.ask(step, values) == "stop":
+            raise Stopped(f"by {self.job.search.scheduler} behind {step} meta-steps")
+
+    def _hand_in(self, config: Config) -> None:
+        """Tell of the validations that a killed process had not told: the run goes on behind them."""
+        there = newest_good(self.path / "checkpoints", print)
+        name = f"val_{MEASURES[config.kind].name}"
+        told = {report.step for report in self.trial.reports}
+        for row in read_metrics(self.path / "metrics.parquet"):
+            if there is not None and name in row and row["step"] <= there[0].step and row["step"] not in told:
+                self._watch(int(row["step"]), Score(row[name], row.get("val_ci95", math.nan)))
+
+    def _facts(self) -> tuple[int, dict[str, Any]]:
+        """Meta-steps that are kept, and what they were like."""
+        rows = [row for row in read_metrics(self.path / "metrics.parquet") if "seconds" in row]
+        config = self.job.base
+        facts: dict[str, Any] = {"seconds": time.time() - self.began, **peak_memory()}
+        if rows:
+            facts["tasks_per_second"] = sum(row["seconds"] * row["tasks_per_second"] for row in rows) / sum(
+                row["seconds"] for row in rows
+            )
+        found = newest_good(self.path / "checkpoints", print)
+        if found is None:
+            return 0, facts
+        snapshot, best, record = found
+        facts["seconds"] = record["seconds"]
+        if best is not None:
+            facts["best"] = {"step": best.step, MEASURES[config.kind].name: best.score, "ci95": best.ci95}
+        result = run.RunFolder(self.path).result()
+        if result is not None:
+            facts |= {"seconds": result["wall_seconds"], "reproducible": result["reproducible"]}
+            facts |= {name: result[name] for name in ("theta_sha256", "numeric_fingerprint")}
+        return snapshot.step, facts
+
+
+def _wait_for_others(path: Path) -> None:
+    """Until nobody trains in a run folder. Raises RunError."""
+    until = time.monotonic() + OTHERS_SECONDS
+    while (path / ".lock").is_file():
+        with lock(path / ".lock", wait=False) as free:
+            if free:
+                return
+        if time.monotonic() > until:
+            raise RunError(f"{path}: another process is still training in it after {OTHERS_SECONDS:g} s")
+        time.sleep(0.2)
+
+
+def _cluster_of(config: Config) -> list[str]:
+    """Where the trial computes now, as overrides: it may have begun elsewhere."""
+    return [f"cluster.{key}={dumps(value)}" for key, value in config.cluster.model_dump(mode="json").items()]
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Python's, torch's on a GPU and on the CPU, and Ray's of a worker."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
