@@ -71,9 +71,7 @@ def train(
         runtime.close()
 
 
-def resume(
-    run_dir: Path, overrides: list[str], started: float | None = None, watch: Watch | None = None
-) -> Finished:
+def resume(run_dir: Path, overrides: list[str], started: float | None = None, watch: Watch | None = None) -> Finished:
     """Go on with a run from its newest good checkpoint."""
     folder = RunFolder.open(run_dir)
     try:

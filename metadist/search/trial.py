@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from metadist import run
 from metadist.config import Config
 from metadist.durable import lock
-from metadist.errors import ConfigError, DataError, Divergence, MetadistError, RunError, StorageError
+from metadist.errors import ConfigError, DataError, Divergence, Interrupted, MetadistError, RunError, StorageError
 from metadist.evaluation.protocol import Score
 from metadist.measure import MEASURES
 from metadist.runtime.checkpoint import newest_good
@@ -64,7 +64,7 @@ class _Attempt:
 
     def __init__(self, job: SearchJob, trial: Trial, path: Path, ask: Ask) -> None:
         self.job, self.trial, self.path, self.ask = job, trial, path, ask
-        self.began = time.time()
+        self.began, self.before = time.time(), 0.0
 
     def end(self) -> End:
         forget_peak()
@@ -94,6 +94,8 @@ class _Attempt:
             return _Ended("refused", str(error))
         except StorageError as error:
             raise StorageError(str(error.__cause__ or error)) from error  # without how to resume a single run
+        except Interrupted:
+            raise
         except MetadistError as error:
             return _Ended("failed", str(error))
         except Exception as error:  # noqa: BLE001, whatever it is, the search goes on
@@ -102,28 +104,37 @@ class _Attempt:
             return _Ended("memory" if _out_of_memory(error) else "crashed", f"{type(error).__name__}: {line}")
         return _Ended("finished", "")
 
+    @property
+    def seconds(self) -> float:
+        """Of this process, and of those before it up to their last checkpoint."""
+        return self.before + time.time() - self.began
+
     def _watch(self, step: int, score: Score) -> None:
         if not math.isfinite(score.mean):
             raise Divergence(f"the validation behind step {step} is {score.mean}")
         interval = {"ci95": score.ci95} if math.isfinite(score.ci95) else {}
-        values = {"score": score.mean, **interval, "seconds": time.time() - self.began, **peak_memory()}
+        values = {"score": score.mean, **interval, "seconds": self.seconds, **peak_memory()}
         if self.ask(step, values) == "stop":
             raise Stopped(f"by {self.job.search.scheduler} behind {step} meta-steps")
 
     def _hand_in(self, config: Config) -> None:
         """Tell of the validations that a killed process had not told: the run goes on behind them."""
         there = newest_good(self.path / "checkpoints", print)
+        if there is None:
+            return
+        snapshot, _, record = there
+        self.before = record["seconds"]
         name = f"val_{MEASURES[config.kind].name}"
         told = {report.step for report in self.trial.reports}
         for row in read_metrics(self.path / "metrics.parquet"):
-            if there is not None and name in row and row["step"] <= there[0].step and row["step"] not in told:
+            if name in row and row["step"] <= snapshot.step and row["step"] not in told:
                 self._watch(int(row["step"]), Score(row[name], row.get("val_ci95", math.nan)))
 
     def _facts(self) -> tuple[int, dict[str, Any]]:
         """Meta-steps that are kept, and what they were like."""
         rows = [row for row in read_metrics(self.path / "metrics.parquet") if "seconds" in row]
         config = self.job.base
-        facts: dict[str, Any] = {"seconds": time.time() - self.began, **peak_memory()}
+        facts: dict[str, Any] = {"seconds": self.seconds, **peak_memory()}
         if rows:
             facts["tasks_per_second"] = sum(row["seconds"] * row["tasks_per_second"] for row in rows) / sum(
                 row["seconds"] for row in rows

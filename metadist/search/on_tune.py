@@ -1,0 +1,389 @@
+"""Ray Tune runs the trials: their processes, placement groups, the queue for resources, the news of a death.
+
+What is tried, who is stopped and who is tried again is the Director's, whatever Tune keeps is thrown away. Tune calls
+searcher and scheduler from the driver's main thread, one event at a time. The order of the calls, as of Ray 2.60
+(`tune/execution/tune_controller.py`): `suggest` while nobody waits for resources; for each result `on_trial_result`;
+for one that is `done` only the searcher's `on_trial_complete`; for a process that died the scheduler's
+`on_trial_error`, then the searcher's `on_trial_complete(error=True)`.
+
+A trial that is told to stop ends by itself, as one that has taken all its steps does: so its end says what it was
+like, and its run folder is free when the end is recorded.
+"""
+
+import json
+import logging
+import os
+import queue
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.stopper import Stopper
+from ray.util import get_node_ip_address, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup
+
+from metadist.config import Cluster
+from metadist.data.files import cache_folder
+from metadist.errors import ClusterError, Interrupted, StorageError
+from metadist.runtime.cluster import check_resources, connect, disconnect, reserved
+from metadist.runtime.runtime import Say
+from metadist.runtime.train import Stopped
+from metadist.search.director import Director, Finished, Start
+from metadist.search.job import SearchJob, load_search
+from metadist.search.state import Decision, Report, Trial
+from metadist.search.trial import run_trial
+
+ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+    "TUNE_MAX_PENDING_TRIALS_PG": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_RESULT_BUFFER_LENGTH": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+"""Tune prints nothing, keeps nothing, and asks for a trial only when the one before has got its process."""
+
+Show = Callable[[Sequence[Trial]], None]
+"""Draws the trials as they are now."""
+
+_made: list[PlacementGroup] = []
+"""Groups of this process's search. Tune copies the factory, so they cannot be the factory's own."""
+
+
+class TrialGroup(tune.PlacementGroupFactory):
+    """Where a trial's processes are placed; remembers what it has made."""
+
+    def to_placement_group(self) -> PlacementGroup:
+        group = super().to_placement_group()
+        _made.append(group)
+        return group
+
+
+class TrialActor(tune.Trainable):
+    """A process that runs trials one after the other, each in a thread of its own.
+
+    Its results are JSON: `report`, whose answer comes by `decide`, and at the end `end`, or `problem` where the whole
+    search cannot go on.
+    """
+
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> TrialGroup:
+        order = json.loads(config["order"])
+        return TrialGroup(order["bundles"], order["strategy"])
+
+    def setup(self, config: dict[str, Any]) -> None:
+        order = json.loads(config["order"])
+        os.environ["METADIST_CACHE"] = order["cache"]
+        self._job = load_search(Path(order["folder"]) / "search.yaml")
+        self._begin(order)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._leave()
+        self._begin(json.loads(new_config["order"]))
+        return True
+
+    def step(self) -> dict[str, Any]:
+        told = self._told.get()
+        if isinstance(told, BaseException):
+            raise told
+        return told
+
+    def decide(self, decision: Decision) -> None:
+        """The answer to the last report."""
+        self._decided.put(decision)
+
+    def cleanup(self) -> None:
+        self._leave()
+
+    def _begin(self, order: dict[str, Any]) -> None:
+        os.chdir(order["here"])  # Tune has gone to a folder of its own; paths of a job are the driver's
+        self._told: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
+        self._decided: queue.Queue[Decision | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, args=(order,), name="trial", daemon=True)
+        self._thread.start()
+
+    def _leave(self) -> None:
+        """Wait until the run has unwound, where the trial is taken away from it."""
+        self._decided.put(None)
+        self._thread.join()
+
+    def _run(self, order: dict[str, Any]) -> None:
+        told, decided = self._told, self._decided
+
+        def ask(step: int, values: dict[str, float]) -> Decision:
+            told.put({"report": json.dumps([step, values])})
+            decision = decided.get()
+            if decision is None:
+                raise Stopped("taken away")
+            return decision
+
+        trial = _trial(order["trial"])
+        try:
+            end = run_trial(self._job, trial, Path(order["folder"]), ask)
+            told.put({"done": True, "end": json.dumps(end._asdict())})
+        except StorageError as error:
+            told.put({"done": True, "problem": str(error)})
+        except BaseException as error:  # noqa: BLE001, raised again where Tune hears it
+            told.put(error)
+
+
+def _order(job: SearchJob, trial: Trial, folder: Path, group: TrialGroup) -> str:
+    """All that a process needs for a trial. Tune makes names of a config, so it is one word."""
+    return json.dumps(
+        {
+            "folder": str(folder.resolve()),
+            "here": str(Path.cwd()),
+            "cache": str(cache_folder()),
+            "bundles": group.bundles,
+            "strategy": group.strategy,
+            "trial": asdict(trial),
+        }
+    )
+
+
+def _trial(told: dict[str, Any]) -> Trial:
+    reports = [Report(*report) for report in told["reports"]]
+    return Trial(**{**told, "reports": reports, "end": None})
+
+
+# --- Tune's calls --------------------------------------------------------------
+
+
+class _Calls:
+    """What searcher and scheduler share.
+
+    broken: what went wrong in a call. Tune swallows exceptions, so they are kept and raised outside of it.
+    """
+
+    def __init__(self, job: SearchJob, director: Director, folder: Path, group: TrialGroup, show: Show) -> None:
+        self.job, self.director, self.folder, self.group, self.show = job, director, folder, group, show
+        self.ids: dict[str, str] = {}  # Tune's → ours
+        self.reasons: dict[str, str] = {}  # why a process died, by Tune's id
+        self.broken: Exception | None = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        try:
+            yield
+            self.show(self.director.trials)
+        except Exception as error:  # noqa: BLE001
+            self.broken = self.broken or error
+
+    def started(self, tune_id: str, trial: Trial) -> dict[str, str]:
+        self.ids[tune_id] = trial.id
+        name = f"{trial.id}-{trial.attempt}"
+        return {"name": name, "order": _order(self.job, trial, self.folder, self.group)}
+
+    def ended(self, tune_id: str, result: dict[str, Any] | None, error: bool) -> None:
+        id, result = self.ids.pop(tune_id), result or {}
+        if error:
+            reason = self.reasons.pop(tune_id, "its process died")
+            reports = self.director.trials[int(id)].reports
+            how = "memory" if "memory" in reason else "crashed"
+            self.director.end(id, how, reports[-1].step if reports else 0, reason, {})
+        elif "problem" in result:
+            raise StorageError(result["problem"])
+        else:
+            end = json.loads(result["end"])
+            self.director.end(id, end["how"], end["step"], end["reason"], end["facts"])
+
+
+class _Searcher(Searcher):
+    """Hands the Director's trials to Tune."""
+
+    def __init__(self, calls: _Calls) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, str] | str | None:
+        with self.calls.kept():
+            now = self.calls.director.next()
+            if isinstance(now, Start):
+                return self.calls.started(trial_id, now.trial)
+            return Searcher.FINISHED if isinstance(now, Finished) else None
+        return None  # broken: the stopper ends it
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        pass  # the scheduler has told of it
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        with self.calls.kept():
+            self.calls.ended(trial_id, result, error)
+
+    def save(self, checkpoint_path: str) -> None:
+        pass  # the ledger has it
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a search is resumed from its ledger")
+
+
+class _Scheduler(FIFOScheduler):
+    """Hands results to the Director, and its decisions to the trials."""
+
+    def __init__(self, calls: _Calls) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        with self.calls.kept():
+            step, values = json.loads(result["report"])
+            decision = self.calls.director.report(self.calls.ids[trial.trial_id], step, values)
+            trial.temporary_state.ray_actor.decide.remote(decision)
+        return str(TrialScheduler.CONTINUE)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        with self.calls.kept():
+            error = trial.get_pickled_error() or trial.get_error()
+            self.calls.reasons[trial.trial_id] = _why_it_died(error)
+
+
+class _Broken(BaseException):
+    """Ends Tune's loop at once; the trials' checkpoints stand."""
+
+
+class _Stopper(Stopper):
+    def __init__(self, calls: _Calls) -> None:
+        self.calls = calls
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        if self.calls.broken is not None:
+            raise _Broken
+        return False
+
+
+def _why_it_died(error: Exception | None) -> str:
+    from ray.exceptions import OutOfMemoryError, RayTaskError
+
+    if isinstance(error, RayTaskError):  # it lives, and raised
+        line = str(error.cause or error).strip().splitlines()[-1]
+        return f"{type(error.cause).__name__}: {line}"
+    if isinstance(error, OutOfMemoryError) or "running low on memory" in str(error):
+        return "its process was ended because the node ran out of memory"
+    return "its process died"
+
+
+# --- the search ------------------------------------------------------------------
+
+
+def fit(job: SearchJob, director: Director, folder: Path, show: Show, say: Say) -> None:
+    """Run trials until the Director has no more. Raises what went wrong in its calls, Interrupted, ClusterError."""
+    cluster = job.base.cluster
+    ray, ours = connect(_room(job))
+    try:
+        if cluster.address != "local":
+            check_resources(ray, cluster.model_copy(update={"workers": max(1, cluster.most)}))
+        calls = _Calls(job, director, folder, _group(cluster), show)
+        _made.clear()
+        try:
+            _tune(calls, folder)
+        finally:
+            _clear_away(say if calls.broken is None else lambda line: None)
+    finally:
+        if ours:
+            disconnect()
+
+
+def _room(job: SearchJob) -> Cluster:
+    """A cluster that holds the trials that run at once."""
+    cluster = job.base.cluster
+    return cluster.model_copy(update={"workers": job.search.concurrent * max(1, cluster.most)})
+
+
+def _group(cluster: Cluster) -> TrialGroup:
+    """A trial's own process, on the driver's host, where the run folders are, and its workers."""
+    here, each = {f"node:{get_node_ip_address()}": 0.001}, reserved(cluster)
+    if not cluster.most:
+        return TrialGroup([{**each, **here}])
+    workers = [each] * cluster.most if any(each.values()) else []
+    return TrialGroup([here, *workers], "SPREAD" if cluster.placement == "spread" else "PACK")
+
+
+def _tune(calls: _Calls, folder: Path) -> None:
+    storage = tempfile.mkdtemp(prefix="metadist-tune-")
+    try:
+        with _surroundings():
+            tune.Tuner(
+                TrialActor,
+                tune_config=tune.TuneConfig(
+                    search_alg=_Searcher(calls),
+                    scheduler=_Scheduler(calls),
+                    num_samples=-1,
+                    reuse_actors=True,
+                    trial_name_creator=lambda trial: trial.config["name"],
+                    trial_dirname_creator=lambda trial: trial.config["name"],
+                ),
+                run_config=tune.RunConfig(
+                    storage_path=storage,
+                    name="search",
+                    verbose=0,
+                    stop=_Stopper(calls),
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                    failure_config=tune.FailureConfig(max_failures=0),
+                ),
+            ).fit()
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; go on with `metadist search --resume {folder}`") from None
+    except _Broken:
+        pass
+    except tune.TuneError as error:
+        if calls.broken is None:
+            raise ClusterError(f"Ray Tune gave up: {str(error).strip().splitlines()[-1]}") from error
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+    if calls.broken is not None:
+        raise calls.broken
+
+
+@contextmanager
+def _surroundings() -> Iterator[None]:
+    """Tune is quiet, and SIGTERM ends the search as SIGINT does."""
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)
+    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGTERM, _interrupt) if main else None
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, handler)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _clear_away(say: Say) -> None:
+    """Remove the groups that Tune has left (ray issue 54305), with what is in them."""
+    left = [group for group in _made if placement_group_table(group).get("state") not in ("REMOVED", None)]
+    for group in left:
+        remove_placement_group(group)
+    if left:
+        say(f"Ray Tune left {len(left)} placement groups behind; they are removed")
+    _made.clear()
