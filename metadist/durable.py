@@ -42,7 +42,7 @@ def appearing(path: Path, advice: str = "") -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -64,12 +64,12 @@ def write_folder(path: Path, files: dict[str, bytes]) -> None:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
-            _sync_folder(temporary)
+            sync_folder(temporary)
             aside = temporary.with_name(f"{temporary.name}.old")
             if path.exists():  # a resumed run comes by the same step again
                 os.rename(path, aside)
             os.rename(temporary, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
             shutil.rmtree(aside, ignore_errors=True)
         finally:
             if temporary.exists():
@@ -92,7 +92,8 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Make durable which files a folder has."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

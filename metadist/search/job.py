@@ -1,5 +1,6 @@
 """A search's job file: a job file with one more section."""
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,8 +8,21 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from metadist.config import Config, find_job, one_line, parse_override, read_yaml, resolve, validate, with_keys
+from metadist.config import (
+    Config,
+    find_job,
+    flatten,
+    one_line,
+    parse_override,
+    read_yaml,
+    refuse_changed_mathematics,
+    resolve,
+    validate,
+    with_keys,
+)
 from metadist.errors import ConfigError
+from metadist.measure import MEASURES, Measure
+from metadist.methods import every_method
 from metadist.search.keys import Search
 from metadist.search.space import Point, check_space, configured
 
@@ -18,6 +32,11 @@ class SearchJob(NamedTuple):
 
     search: Search
     base: Config
+
+    @property
+    def measure(self) -> Measure:
+        """What the score of a validation is, and which of two is better."""
+        return MEASURES[self.base.kind]
 
     def config(self, point: Point) -> Config:
         """The run of a point of the space. Raises ConfigError where the config tree refuses it.
@@ -29,8 +48,6 @@ class SearchJob(NamedTuple):
 
     def allows(self, point: Point) -> bool:
         """Whether it meets the conditions and makes a config."""
-        from metadist.config import flatten
-
         try:
             value_of = flatten(self.config(point))
         except ConfigError:
@@ -65,7 +82,53 @@ def checked(raw: dict[str, Any], origin: str) -> SearchJob:
     except ValueError as error:
         raise ConfigError(f"{origin}: {error}") from error
     check_space(base.model_dump(), search.space)
+    _check_conditions(search, base)
     return SearchJob(search, base)
+
+
+def _check_conditions(search: Search, base: Config) -> None:
+    """Refuse a condition on a key that neither the run nor a searched method has."""
+    names = search.space["algorithm.name"].witnesses if "algorithm.name" in search.space else ()
+    keys = {*flatten(base), *search.space}
+    for method in every_method():
+        if method.method_name() in names:
+            keys |= {f"algorithm.{key}" for key in method.model_fields}
+    for number, condition in enumerate(search.conditions):
+        for part, demands in (("when", condition.when), ("need", condition.need)):
+            for key in demands:
+                if key not in keys:
+                    near = difflib.get_close_matches(key, sorted(keys), n=1, cutoff=0.6)
+                    valid = f"did you mean {near[0]}?" if near else "valid are dotted keys such as algorithm.inner_lr"
+                    raise ConfigError(f"search.conditions.{number}.{part}: unknown key {key}; {valid}")
+
+
+FREE_ON_RESUME = ("search.concurrent", "search.trials", "cluster", "tracking")
+"""Keys and sections that a resumed search may change; of the trials there can only be more."""
+
+
+def refuse_changed_search(before: SearchJob, after: SearchJob) -> None:
+    """A resumed search compares like with like: one line names the first key that would not be alike."""
+    old, new = _keys(before), _keys(after)
+    for key in dict.fromkeys([*old, *new]):
+        free = any(key == one or key.startswith(f"{one}.") for one in FREE_ON_RESUME)
+        if not free and old.get(key) != new.get(key):
+            raise ConfigError(
+                f"{key}: was {old.get(key)} and cannot become {new.get(key)} on resume, trials would not be compared "
+                f"alike; what may change: {', '.join(FREE_ON_RESUME)}"
+            )
+    if after.search.trials < before.search.trials:
+        raise ConfigError(
+            f"search.trials: was {before.search.trials} and cannot become {after.search.trials} on resume; "
+            f"there can only be more"
+        )
+    refuse_changed_mathematics(before.base, after.base)
+
+
+def _keys(job: SearchJob) -> dict[str, Any]:
+    """Dotted key → value of the whole job; the ways to draw a value, and the conditions, each as one."""
+    section = job.search.model_dump(mode="json")
+    space = {f"search.space.{key}": domain for key, domain in section.pop("space").items()}
+    return {**space, **{f"search.{key}": value for key, value in section.items()}, **flatten(job.base)}
 
 
 def _judged_alike(base: Config) -> Config:

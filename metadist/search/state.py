@@ -9,16 +9,19 @@ Decision = Literal["go", "stop"]
 How = Literal["finished", "stopped", "diverged", "memory", "refused", "failed", "crashed"]
 """Ways in which a trial ends: all its steps; early, by the scheduler; and what is recorded with its reason."""
 
+Origin = Literal["baseline", "random", "grid", "optuna"]
+
 
 class Report(NamedTuple):
     """A validation of a trial behind `step` meta-steps, and what was decided then.
 
-    values: `score` and `ci95` on the validation's tasks, and what else was measured.
+    values: `score` and `ci95` on the validation's tasks, and what else was measured; why: it was stopped.
     """
 
     step: int
     values: dict[str, float]
     decision: Decision
+    why: str = ""
 
 
 class End(NamedTuple):
@@ -36,11 +39,16 @@ class Trial:
 
     id: str
     index: int
-    origin: Literal["baseline", "random", "grid", "optuna"]
+    origin: Origin
     values: Point
     attempt: int = 0
     reports: list[Report] = field(default_factory=list)
     end: End | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it has been told to stop, and so will not go on."""
+        return bool(self.reports) and self.reports[-1].decision == "stop"
 
     def score_at(self, step: int) -> float | None:
         """That of the first validation behind `step` meta-steps or more."""

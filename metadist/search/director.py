@@ -1,0 +1,211 @@
+"""Who is tried next, who goes on and who is stopped: the decisions of a search, and nothing of how trials are run.
+
+The state is a fold of the ledger's events. Every call makes events from the state, has them durable, folds them in, and
+only then answers; so whoever reads the ledger again stands where the search stood, and nothing that was decided is
+decided anew. There is no random generator and no clock in what is decided, but for `search.budget`, which is an event.
+
+Events, by their `event`; each has `seconds`, those that drivers have spent on the search so far:
+
+- `trial` {id, index, origin, values}: is started;
+- `report` {id, step, values, decision, why}: a validation, and what was answered;
+- `retry` {id, attempt, reason}: its process died; it goes on from its last checkpoint;
+- `end` {id, how, step, reason, facts};
+- `budget` {minutes}: from here on no trial is started.
+
+A number that is not finite stands as a word: nan, inf or -inf. Events of other names are others', and passed over.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from metadist.search.draw import grid, own_point, random_point
+from metadist.search.job import SearchJob
+from metadist.search.keys import first_random
+from metadist.search.ledger import Event
+from metadist.search.schedulers import SCHEDULERS
+from metadist.search.space import Point
+from metadist.search.state import Decision, End, How, Origin, Report, Trial
+from metadist.search.tpe import tpe_point
+
+OWN = ("trial", "report", "retry", "end", "budget")
+
+
+class Record(Protocol):
+    """Where events are kept, such as a Ledger; `append` returns when the event is durable, and as it will be read."""
+
+    @property
+    def events(self) -> Sequence[Event]: ...
+
+    def append(self, event: Event) -> Event: ...
+
+
+@dataclass(frozen=True)
+class Start:
+    """Run this trial: from its last checkpoint, if it has one."""
+
+    trial: Trial
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Ask again when a trial has ended."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """There is nothing to start any more, and nothing runs."""
+
+
+class Director:
+    """The decisions of one search. ledger: its events so far; `trials` is what they say, in the order of their index.
+
+    clock: seconds, of which only differences are used.
+    """
+
+    def __init__(self, job: SearchJob, ledger: Record, clock: Callable[[], float] = time.monotonic) -> None:
+        self.job = job
+        self.trials: list[Trial] = []
+        self._ledger, self._clock = ledger, clock
+        own = (event["seconds"] for event in ledger.events if event.get("event") in OWN)
+        self._spent, self._began = max(own, default=0.0), clock()  # by drivers before this one; when this one began
+        self._running: set[str] = set()  # given out by this driver
+        self._over = False
+        self._grid: list[Point] = []
+        self._rest: Iterator[Point] = grid(job)
+        for event in ledger.events:
+            self._apply(event)
+
+    # --- what is asked -----------------------------------------------------------
+
+    def next(self) -> Start | Wait | Finished:
+        """What to do now. Raises ConfigError where the conditions allow no further point, StorageError."""
+        self._bury()
+        if len(self._running) >= self.job.search.concurrent:
+            return Wait()
+        trial = next((one for one in self.trials if one.end is None and one.id not in self._running), None)
+        if trial is None:
+            trial = self._started()
+        if trial is None:
+            return Wait() if self._running else Finished()
+        self._running.add(trial.id)
+        return Start(trial)
+
+    def report(self, id: str, step: int, values: Mapping[str, float]) -> Decision:
+        """Whether a trial goes on behind a validation. values: `score`, and what else was measured.
+
+        Asked again, as after a resume, it answers what it answered before. Raises StorageError.
+        """
+        trial = self._trial(id)
+        known = next((report.decision for report in trial.reports if report.step == step), None)
+        if known is not None:
+            return known
+        if trial.end is not None or trial.stopped:
+            return "stop"
+        why = self._why(trial, step, values["score"])
+        told = {name: _plain(float(value)) for name, value in values.items()}
+        decision = "stop" if why else "go"
+        self._record("report", id=id, step=step, values=told, decision=decision, why=why)
+        return trial.reports[-1].decision
+
+    def end(self, id: str, how: How, step: int, reason: str, facts: Mapping[str, Any]) -> None:
+        """A trial has ended, or its process has (`crashed`). Told again, it changes nothing. Raises StorageError."""
+        trial = self._trial(id)
+        if trial.end is None:
+            if trial.stopped:
+                how, reason = "stopped", trial.reports[-1].why
+            if how == "crashed" and trial.attempt < self.job.search.retries:
+                self._record("retry", id=id, attempt=trial.attempt + 1, reason=reason)
+            else:
+                self._record("end", id=id, how=how, step=step, reason=reason, facts=_plain(facts))
+        self._running.discard(id)
+
+    # --- what follows from the state -----------------------------------------------
+
+    def _started(self) -> Trial | None:
+        """A new trial; None where there is none to come."""
+        search, index = self.job.search, len(self.trials)
+        self._look_at_the_clock()
+        if self._over or index >= search.trials:
+            return None
+        proposed = self._proposed(index)
+        if proposed is None:
+            return None
+        origin, values = proposed
+        self._record("trial", id=f"{index:03d}", index=index, origin=origin, values=values)
+        return self.trials[-1]
+
+    def _proposed(self, index: int) -> tuple[Origin, Point] | None:
+        search = self.job.search
+        if search.baseline and index == 0:
+            return "baseline", own_point(self.job)
+        number = index - search.baseline
+        match search.searcher:
+            case "grid":
+                point = self._of_grid(number)
+                return None if point is None else ("grid", point)
+            case "optuna" if number >= first_random(search):
+                return "optuna", tpe_point(self.job, index, self.trials)
+        return "random", random_point(self.job, index)
+
+    def _of_grid(self, number: int) -> Point | None:
+        """The grid's point of a number; None behind the last."""
+        while len(self._grid) <= number:
+            point = next(self._rest, None)
+            if point is None:
+                return None
+            self._grid.append(point)
+        return self._grid[number]
+
+    def _why(self, trial: Trial, step: int, score: float) -> str:
+        """Why a trial is stopped; empty where it goes on."""
+        if trial.origin == "baseline" or step >= self.job.base.outer.steps:
+            return ""
+        return SCHEDULERS[self.job.search.scheduler](self.job, self.trials, trial, step, score)
+
+    def _bury(self) -> None:
+        """Trials that were stopped by a driver that died before it heard of their end."""
+        for trial in self.trials:
+            if trial.end is None and trial.id not in self._running and trial.stopped:
+                self.end(trial.id, "stopped", trial.reports[-1].step, "", {})
+
+    def _look_at_the_clock(self) -> None:
+        budget = self.job.search.budget
+        if budget is not None and not self._over and self._seconds() >= 60 * budget:
+            self._record("budget", minutes=budget)
+
+    # --- the events ------------------------------------------------------------------
+
+    def _seconds(self) -> float:
+        return self._spent + self._clock() - self._began
+
+    def _record(self, event: str, **what: Any) -> None:
+        self._apply(self._ledger.append({"event": event, "seconds": round(self._seconds(), 3), **what}))
+
+    def _apply(self, event: Event) -> None:
+        match event:
+            case {"event": "trial", "id": id, "index": index, "origin": origin, "values": values}:
+                self.trials.append(Trial(id, index, origin, values))
+            case {"event": "report", "id": id, "step": step, "values": told, "decision": decision, "why": why}:
+                values = {name: float(value) for name, value in told.items()}
+                self._trial(id).reports.append(Report(step, values, decision, why))
+            case {"event": "retry", "id": id, "attempt": attempt}:
+                self._trial(id).attempt = attempt
+            case {"event": "end", "id": id, "how": how, "step": step, "reason": reason, "facts": facts}:
+                self._trial(id).end = End(how, step, reason, facts)
+            case {"event": "budget"}:
+                self._over = True
+
+    def _trial(self, id: str) -> Trial:
+        return self.trials[int(id)]
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, and reads it again."""
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
