@@ -125,7 +125,7 @@ class Trainer:
 
     def _validate(self, done: int) -> bool:
         """Judge the state on meta-validation; whether it is the best so far."""
-        setting = validation_settings(self.config)
+        setting = validation_settings(self.config, done)
         found: Score = score(self.runtime.judge(None, setting, "val", self.config.eval.val_episodes)["score"])
         better = self.best is None or self.measure.better(found.mean, self.best.score)
         if better:
