@@ -10,9 +10,10 @@ folder and is itself a valid job file.
 import difflib
 import json
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_origin
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, get_origin
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -333,6 +334,25 @@ class Tracking(Tree):
     experiment: str = Field("metadist", description="MLflow experiment")
 
 
+class Stage(Tree):
+    """Other values from some meta-step on."""
+
+    at: Positive = Field(description="the first meta-step, counted from 0, that is taken with them")
+    set: dict[str, bool | int | float | None] = Field(min_length=1, description="dotted key: value")
+
+
+STAGED: dict[str, tuple[str, ...] | None] = {
+    "algorithm.inner_lr": ("maml", "anil", "boil", "reptile", "imaml"),
+    "algorithm.inner_steps": ("maml", "anil", "boil", "reptile", "imaml"),
+    "algorithm.order": ("maml", "anil", "boil"),
+    "outer.lr": None,
+    "outer.final_lr": None,
+    "outer.clip": None,
+    "outer.weight_decay": None,
+}
+"""Keys that may change on the way, and the methods that have them as plain numbers of every meta-step; None: all."""
+
+
 class Config(Tree):
     """A whole run."""
 
@@ -347,6 +367,7 @@ class Config(Tree):
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
     tracking: Tracking = Tracking()
+    stages: list[Stage] = Field([], description="{at: STEP, set: {key: value}}: a schedule of keys by meta-step")
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
@@ -388,7 +409,42 @@ class Config(Tree):
                     f"on {ways}; valid is {self.task.ways}, or a metric method such as protonet"
                 )
         method.check(self)
+        self._stages()
         return self
+
+    def _stages(self) -> None:
+        before = 0
+        for index, stage in enumerate(self.stages):
+            here = f"stages.{index}"
+            if not before < stage.at < self.outer.steps:
+                raise ValueError(
+                    f"{here}.at: {stage.at} is not behind {before} and below outer.steps={self.outer.steps}"
+                )
+            before = stage.at
+            for key in stage.set:
+                if key not in STAGED:
+                    raise ValueError(f"{here}.set: {key} cannot change on the way{_choices(STAGED)}")
+                methods = STAGED[key]
+                if methods is not None and self.algorithm.name not in methods:
+                    raise ValueError(
+                        f"{here}.set: {key} of {self.algorithm.name} cannot change on the way; valid with "
+                        f"{', '.join(methods)}"
+                    )
+            if self.outer.local is not None:
+                raise ValueError("stages: is not read with outer.local, whose replicas count their own meta-steps")
+            try:
+                self.at(stage.at)
+            except ConfigError as error:
+                raise ValueError(f"{error}") from error
+
+    def at(self, step: int) -> "Config":
+        """The config that is in force in meta-step `step`, without stages."""
+        if not self.stages:
+            return self
+        raw, here = self.model_dump(), len([stage for stage in self.stages if stage.at <= step])
+        raw["stages"] = []
+        values = {key: value for stage in self.stages[:here] for key, value in stage.set.items()}
+        return validate(with_keys(raw, values), f"stages.{here - 1}.set")
 
     def _also(self) -> None:
         for index, changes in enumerate(self.eval.also):
@@ -573,6 +629,21 @@ def with_keys(raw: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
             node = raw["algorithm"]
         node[path[-1]] = value
     return raw
+
+
+T = TypeVar("T")
+
+
+class Staged(Generic[T]):
+    """Something that is made of the config in force, once for each stage."""
+
+    def __init__(self, config: Config, make: Callable[[Config], T]) -> None:
+        self._begin = [0, *(stage.at for stage in config.stages)]
+        self._made = [make(config.at(step)) for step in self._begin]
+
+    def at(self, step: int) -> T:
+        """That of a meta-step."""
+        return self._made[bisect_right(self._begin, step) - 1]
 
 
 def validate(raw: dict[str, Any], origin: str) -> Config:

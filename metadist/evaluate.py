@@ -31,7 +31,7 @@ def evaluate(run_dir: Path, overrides: Sequence[str], *, best: bool, split: str)
     flat = blueprint.values.flatten({name: values[name] for name in blueprint.values.names}).numpy()
     runtime = start(config, tables, None, print)
     try:
-        first, *others = settings(config)
+        first, *others = settings(config, _done(run_dir) if best else None)
         found = {
             "run": run_dir.name,
             "overrides": list(overrides),
@@ -52,6 +52,13 @@ def evaluate(run_dir: Path, overrides: Sequence[str], *, best: bool, split: str)
     path = folder / f"{split}-{datetime.now():%Y%m%d-%H%M%S-%f}.json"
     write(path, json.dumps(found, indent=2).encode())
     return found, path
+
+
+def _done(run_dir: Path) -> int | None:
+    """Meta-steps of the best state on validation."""
+    result = run_dir / "result.json"
+    best = json.loads(result.read_text())["best"] if result.is_file() else None
+    return None if best is None else int(best["step"])
 
 
 def trained(

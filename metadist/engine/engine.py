@@ -9,7 +9,7 @@ from torch import Tensor
 from metadist import algorithms
 from metadist.algorithms.algorithm import Algorithm
 from metadist.algorithms.objective import OBJECTIVES
-from metadist.config import Config
+from metadist.config import Config, Staged
 from metadist.data.table import Table
 from metadist.engine.compression import Compression
 from metadist.engine.device import settle
@@ -74,7 +74,7 @@ class Engine:
         self.device = settle(config.engine)
         self.tasks = training_tasks(config, tables, self.device)
         shape, classes = self.tasks.shape, self.tasks.classes
-        self.algorithm = algorithms.for_training(config, shape, classes)
+        self.algorithms = Staged(config, lambda here: algorithms.for_training(here, shape, classes))
         self.blueprint = Blueprint(config, shape, classes)
         self._compute = ENGINES[config.engine.mode]
         self._judge = JUDGES[config.engine.mode]
@@ -85,7 +85,7 @@ class Engine:
     def sums(self, theta: dict[str, Tensor], state: dict[str, Tensor], step: int, shard: int) -> dict[str, Tensor]:
         """Float sums of one shard of a meta-step, by name."""
         episodes = self.tasks.sample(step, shard * self.shard_tasks, self.shard_tasks)
-        return self._compute(self.algorithm, theta, state, episodes, self.tasks.ways, step)
+        return self._compute(self.algorithms.at(step), theta, state, episodes, self.tasks.ways, step)
 
     def flat(self, values: np.ndarray, step: int, shard: int) -> np.ndarray:
         """The same as one buffer [total], in the parameters' dtype, from flat θ and state."""

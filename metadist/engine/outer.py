@@ -5,7 +5,7 @@ What it descends is a mean over tasks or replicas: of meta-gradients, or of diff
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,11 +35,14 @@ def learning_rate(outer: Optimizer, step: int) -> float:
 class OuterStep:
     """θ with its torch.optim optimizer, on all of θ as one flat buffer in name order.
 
-    outer: its keys; with `steps` of them the schedule is at its end.
+    outer: its keys; with `steps` of them the schedule is at its end. at: those in force in a meta-step, of which rate,
+    clip and weight decay are read.
     """
 
-    def __init__(self, outer: Optimizer, theta: Mapping[str, Tensor]) -> None:
-        self.outer, self.layout = outer, Layout.of(theta)
+    def __init__(
+        self, outer: Optimizer, theta: Mapping[str, Tensor], at: Callable[[int], Optimizer] | None = None
+    ) -> None:
+        self.at, self.layout = at or (lambda step: outer), Layout.of(theta)
         self.flat = self.layout.flatten(theta).requires_grad_()
         # One plain kernel after the other: a fused or multi-tensor one may round differently.
         plain = {"lr": outer.lr, "weight_decay": outer.weight_decay, "foreach": False}
@@ -70,10 +73,11 @@ class OuterStep:
         squares: those of all tensors of the run, where these are not all.
         """
         norm = math.sqrt(sum(self.squares(gradient) if squares is None else squares))
-        factor = self.outer.clip / norm if self.outer.clip is not None and norm > self.outer.clip else 1.0
+        outer = self.at(step)
+        factor = outer.clip / norm if outer.clip is not None and norm > outer.clip else 1.0
         self.flat.grad = (self.layout.flatten(gradient) * factor).to(self.flat.dtype)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.outer, step)
+            group["lr"], group["weight_decay"] = learning_rate(outer, step), outer.weight_decay
         self.optimizer.step()
         return norm
 

@@ -23,7 +23,7 @@ class Adapter:
     """
 
     def __init__(self, config: Config, theta_path: Path) -> None:
-        self.config = config
+        self.config = config.at(config.outer.steps - 1)
         self.values = load_file(theta_path)
 
     @classmethod

@@ -24,6 +24,7 @@ def embeddings(
     The tasks are those of the meta-test, in its order. Raises ConfigError for a method that embeds no tasks.
     """
     sampler = evaluation_tasks(config, tables, split, "cpu")
+    config = config.at(config.outer.steps - 1)
     algorithm = algorithms.for_evaluation(config, sampler.shape, training_tasks(config, tables, "cpu").classes)
     if not hasattr(algorithm, "embed"):
         raise ConfigError(f"algorithm.name: {config.algorithm.name} embeds no tasks; valid is task-conditioned")

@@ -31,9 +31,12 @@ def score(scores: np.ndarray) -> Score:
     return Score(float(np.mean(scores)), 1.96 * spread / math.sqrt(n))
 
 
-def settings(config: Config) -> list[Config]:
-    """The config of the meta-test, then one for each entry of `eval.also`."""
-    raw = config.model_dump()
+def settings(config: Config, done: int | None = None) -> list[Config]:
+    """The config of the meta-test, then one for each entry of `eval.also`.
+
+    done: meta-steps of the state that is judged, all of them without it: its keys are those of the last one.
+    """
+    raw = config.at((config.outer.steps if done is None else done) - 1).model_dump()
     also, raw["eval"]["also"] = raw["eval"]["also"], []
     return [
         validate({**raw, "eval": {**raw["eval"], **changes}}, f"eval.also.{number - 1}" if number else "eval")
@@ -50,9 +53,9 @@ def check(config: Config, tables: list[Any]) -> None:
             algorithms.for_evaluation(setting, sampler.shape, training_tasks(setting, tables, "cpu").classes)
 
 
-def validation_settings(config: Config) -> Config:
-    """What runs every `eval.every` steps."""
-    return settings(config)[0]
+def validation_settings(config: Config, done: int) -> Config:
+    """What runs behind `done` meta-steps."""
+    return settings(config, done)[0]
 
 
 def meta_test(judge: Judge, setting: Config, values: np.ndarray | None, split: str = "test") -> dict[str, Any]:

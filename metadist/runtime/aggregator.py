@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metadist.config import Config
+from metadist.config import Config, Staged
 from metadist.engine.device import one_thread
 from metadist.engine.engine import Blueprint, Lane
 from metadist.engine.exact import coarser, dequantise, first_exponents, next_exponents, quantise, scales
@@ -105,7 +105,8 @@ class Aggregator:
             self.step, self.exponents = snapshot.step, np.array(snapshot.exponents)[self.piece.tensors]
         self.state = {name: values[name] for name in self.piece.state}
         self.total = np.zeros(self.piece.sums.total, dtype=np.int64)
-        self.outer = OuterStep(config.outer, {name: values[name] for name in self.piece.theta})
+        self.keys = Staged(config, lambda here: here.outer)
+        self.outer = OuterStep(config.outer, {name: values[name] for name in self.piece.theta}, self.keys.at)
         self.reports: deque[Report] = deque(maxlen=REPORTS)
         if snapshot is not None:
             self.outer.remember({name: torch.from_numpy(np.array(value)) for name, value in snapshot.memory.items()})
@@ -206,7 +207,7 @@ class Aggregator:
             float(means.get("metric.loss", np.nan)),
             float(means.get("metric.score", np.nan)),
             norm,
-            learning_rate(self.config.outer, step),
+            learning_rate(self.keys.at(step), step),
             all(bool(value.isfinite().all()) for value in (self.outer.flat, *self.state.values())),
             (),
             0,

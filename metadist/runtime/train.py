@@ -141,7 +141,7 @@ class Trainer:
 
     def _validate(self, done: int) -> Validation:
         """Judge the state on meta-validation."""
-        setting = validation_settings(self.config)
+        setting = validation_settings(self.config, done)
         found: Score = score(self.runtime.judge(None, setting, "val", self.config.eval.val_episodes)["score"])
         better = self.best is None or self.measure.better(found.mean, self.best.score)
         if better:

@@ -63,9 +63,9 @@ def test_diloco_is_algorithm_1_of_the_paper(tiny: Callable[..., Config], after: 
             for h in range(inner):
                 episodes = engine.tasks.sample(round_ * inner + h, number * 4, 4)
                 losses = [
-                    engine.algorithm.task_loss(
-                        worker, {}, torch.utils._pytree.tree_map(lambda v, i=i: v[i], episodes), 3, 0
-                    ).loss
+                    engine.algorithms.at(0)
+                    .task_loss(worker, {}, torch.utils._pytree.tree_map(lambda v, i=i: v[i], episodes), 3, 0)
+                    .loss
                     for i in range(4)
                 ]
                 optimizer.zero_grad()
@@ -130,7 +130,7 @@ def test_reptile_is_sgd_over_the_mean_difference(tiny: Callable[..., Config], af
     for step in range(4):
         episodes = engine.tasks.sample(step, 0, 4)
         supports = [torch.utils._pytree.tree_map(lambda v, i=i: v[i], episodes).support for i in range(4)]
-        fast = [engine.algorithm.inner_loop(theta, {}, support)[0] for support in supports]
+        fast = [engine.algorithms.at(0).inner_loop(theta, {}, support)[0] for support in supports]
         for name, value in theta.items():
             value.grad = value.detach() - torch.stack([phi[name] for phi in fast]).mean(0)
         outer.step()
