@@ -28,7 +28,7 @@ from metadist.runtime.ledger import staleness, write_ledger
 from metadist.runtime.preemption import Preempted, noticed
 from metadist.runtime.run_folder import RunFolder, fresh_name, refuse_existing, run_name
 from metadist.runtime.runtime import Runtime
-from metadist.runtime.train import Trainer, Watch
+from metadist.runtime.train import Stopped, Trainer, Watch
 from metadist.tasks.samplers import training_tasks
 from metadist.tracking import follow
 from metadist.tracking.destination import check_uri, resolve_uri
@@ -226,6 +226,9 @@ def _run(
             journal.abandon()
             patience = 1.0
             raise Preempted(f"{end}; go on with `metadist train --resume {folder.path}`") from None
+        except Stopped:
+            journal.close()  # what it has come to is kept
+            raise
         except KeyboardInterrupt:
             journal.abandon()
             raise Interrupted(f"interrupted; go on with `metadist train --resume {folder.path}`") from None

@@ -99,7 +99,7 @@ def job_file(job: SearchJob, trial: Trial, path: Path, words: Sequence[str]) -> 
     values = ", ".join(f"{key}={show_value(value)}" for key, value in rows.values_of(job, trial).items())
     told = [f"Trial {trial.id} of a search: {values}", *words, f"metadist train {shlex.quote(str(path))}"]
     header = "".join(f"# {line}\n" for line in told)
-    return (header + to_yaml(resolve(job.config(trial.values)))).encode()
+    return (header + to_yaml(resolve(job.run_of(trial)))).encode()
 
 
 def score_words(found: Answer, measure: Measure) -> list[str]:

@@ -23,6 +23,7 @@ def adaptation_mflop(config: Config, tables: Sequence[Table]) -> float:
     Matrix products and convolutions count, forwards and backwards. The same on any machine.
     """
     sampler = evaluation_tasks(config, tables, "val", "cpu")
+    config = config.at(config.outer.steps - 1)
     algorithm = algorithms.for_evaluation(config, sampler.shape, training_tasks(config, tables, "cpu").classes)
     plan = blueprint(config, tables)
     theta, state = plan.named(plan.initial())

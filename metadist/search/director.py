@@ -16,6 +16,7 @@ from metadist.search.events import OWN, fold, plain
 from metadist.search.job import SearchJob
 from metadist.search.keys import first_random
 from metadist.search.ledger import Event
+from metadist.search.population import moves
 from metadist.search.schedulers import SCHEDULERS
 from metadist.search.space import Point
 from metadist.search.state import Decision, How, Origin, Trial
@@ -36,6 +37,14 @@ class Start:
     """Run this trial: from its last checkpoint, if it has one."""
 
     trial: Trial
+
+
+@dataclass(frozen=True)
+class Graft:
+    """Let these trials take over where others stand, each with its donor's id; then say `grafted`."""
+
+    step: int
+    moves: tuple[tuple[Trial, str], ...]
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ class Director:
         self._spent, self._began = max(own, default=0.0), clock()  # by drivers before this one; when this one began
         self._running: set[str] = set()  # given out by this driver
         self._over = False
+        self._graft: Graft | None = None
         self._grid: list[Point] = []  # its first points
         self._rest = grid(job)
         for event in ledger.events:
@@ -69,16 +79,17 @@ class Director:
 
     # --- what is asked -----------------------------------------------------------
 
-    def next(self) -> Start | Wait | Finished:
+    def next(self) -> Start | Graft | Wait | Finished:
         """What to do now. Raises ConfigError where the conditions allow no further point, StorageError."""
         self._bury()
+        if self._graft is not None:
+            return self._graft
         if len(self._running) >= self.job.search.concurrent:
             return Wait()
-        trial = next((one for one in self.trials if one.end is None and one.id not in self._running), None)
+        able = (one for one in self.trials if one.end is None and not one.held and one.id not in self._running)
+        trial = next(able, None) or self._started()
         if trial is None:
-            trial = self._started()
-        if trial is None:
-            return Wait() if self._running else Finished()
+            return self._turn() or (Wait() if self._running else Finished())
         self._running.add(trial.id)
         return Start(trial)
 
@@ -89,20 +100,30 @@ class Director:
         """
         trial = self._trial(id)
         known = next((report.decision for report in trial.reports if report.step == step), None)
+        if known == "pause" and step <= trial.released:  # its checkpoint is lost, its generation is over
+            return "go"
         if known is not None:
             return known
         if trial.end is not None or trial.stopped:
             return "stop"
         why = self._why(trial, step, values["score"])
         told = {name: plain(float(value)) for name, value in values.items()}
-        decision = "stop" if why else "go"
+        decision = "stop" if why else "pause" if self._pauses(trial, step) else "go"
         self._record("report", id=id, step=step, values=told, decision=decision, why=why)
         return trial.reports[-1].decision
+
+    def grafted(self) -> None:
+        """The moves are made. Raises StorageError."""
+        if self._graft is not None:
+            self._record("grafted", step=self._graft.step)
 
     def end(self, id: str, how: How, step: int, reason: str, facts: Mapping[str, Any]) -> None:
         """A trial has ended, or its process has (`crashed`). Told again, it changes nothing. Raises StorageError."""
         if id in self._running:
-            self._end(self._trial(id), how, step, reason, facts)
+            if how == "paused":
+                self._record("held", id=id)
+            else:
+                self._end(self._trial(id), how, step, reason, facts)
             self._running.discard(id)
 
     # --- what follows from the state -----------------------------------------------
@@ -147,6 +168,22 @@ class Director:
         else:
             self._record("end", id=trial.id, how=how, step=step, reason=reason, facts=plain(facts))
 
+    def _pauses(self, trial: Trial, step: int) -> bool:
+        """Whether a member waits for the others of its generation."""
+        search, base = self.job.search, self.job.base
+        member = search.scheduler == "pbt" and trial.origin != "baseline"
+        return member and step < base.outer.steps and step % search.generation(base) == 0
+
+    def _turn(self) -> Graft | None:
+        """The end of a generation, when all its members stand there."""
+        members = [one for one in self.trials if one.end is None and one.origin != "baseline"]
+        if not members or not all(one.held for one in members):
+            return None
+        step = members[0].reports[-1].step
+        found = moves(self.job, members, step)
+        self._record("generation", step=step, moves=[move._asdict() for move in found])
+        return self._graft
+
     def _bury(self) -> None:
         """Trials that were stopped by a driver that died before it heard of their end."""
         for trial in self.trials:
@@ -169,6 +206,11 @@ class Director:
     def _apply(self, event: Event) -> None:
         fold(self.trials, event)
         self._over = self._over or event.get("event") == "budget"
+        match event:
+            case {"event": "generation", "step": step, "moves": moved}:
+                self._graft = Graft(step, tuple((self._trial(move["id"]), move["donor"]) for move in moved))
+            case {"event": "grafted"}:
+                self._graft = None
 
     def _trial(self, id: str) -> Trial:
         return self.trials[int(id)]

@@ -6,6 +6,9 @@ Events, by their `event`; each has `seconds`, those that drivers have spent on t
 - `report` {id, step, values, decision, why}: a validation, and what was answered;
 - `retry` {id, attempt, reason}: its process died; it goes on from its last checkpoint;
 - `end` {id, how, step, reason, facts};
+- `held` {id}: a member of a population has come to the end of its generation;
+- `generation` {step, moves}: what the members do next, each move {id, donor, values};
+- `grafted` {step}: it is done, and all go on;
 - `budget` {minutes}: from here on no trial is started.
 
 A number that is not finite stands as a word: nan, inf or -inf. Events of other names say nothing of trials.
@@ -18,7 +21,7 @@ from typing import Any
 from metadist.search.ledger import Event
 from metadist.search.state import End, Report, Trial
 
-OWN = ("trial", "report", "retry", "end", "budget")
+OWN = ("trial", "report", "retry", "end", "held", "generation", "grafted", "budget")
 
 
 def trials_of(events: Iterable[Event]) -> list[Trial]:
@@ -39,6 +42,17 @@ def fold(trials: list[Trial], event: Event) -> None:
             trials[int(id)].reports.append(Report(step, values, decision, why))
         case {"event": "retry", "id": id, "attempt": attempt}:
             trials[int(id)].attempt = attempt
+        case {"event": "held", "id": id}:
+            trials[int(id)].held = True
+        case {"event": "generation", "step": step, "moves": moves}:
+            for move in moves:
+                member, donor = trials[int(move["id"])], trials[int(move["donor"])]
+                changed = {key: value for key, value in move["values"].items() if donor.now[key] != value}
+                member.values = donor.values
+                member.stages = [*donor.stages, *([(step, changed)] if changed else [])]
+        case {"event": "grafted", "step": step}:
+            for trial in trials:
+                trial.held, trial.released = False, step
         case {"event": "end", "id": id, "how": how, "step": step, "reason": reason, "facts": facts}:
             trials[int(id)].end = End(how, step, reason, facts)
 

@@ -25,6 +25,7 @@ from metadist.measure import MEASURES, Measure
 from metadist.methods import every_method
 from metadist.search.keys import Search
 from metadist.search.space import Point, check_space, configured
+from metadist.search.state import Trial
 
 
 class SearchJob(NamedTuple):
@@ -45,6 +46,14 @@ class SearchJob(NamedTuple):
         searched.
         """
         return configured(self.base.model_dump(), point)
+
+    def run_of(self, trial: Trial) -> Config:
+        """The run of a trial, with the schedule of its line of ancestors. Raises ConfigError."""
+        config = self.config(trial.values)
+        if not trial.stages:
+            return config
+        stages = [{"at": at, "set": changed} for at, changed in trial.stages]
+        return validate({**config.model_dump(), "stages": stages}, f"trial {trial.id}")
 
     def allows(self, point: Point) -> bool:
         """Whether it meets the conditions and makes a config."""
@@ -83,6 +92,8 @@ def checked(raw: dict[str, Any], origin: str) -> SearchJob:
         raise ConfigError(f"{origin}: {error}") from error
     check_space(base.model_dump(), search.space)
     _check_conditions(search, base)
+    if search.scheduler == "pbt":
+        _check_schedules(search, base)
     return SearchJob(search, base)
 
 
@@ -100,6 +111,19 @@ def _check_conditions(search: Search, base: Config) -> None:
                     near = difflib.get_close_matches(key, sorted(keys), n=1, cutoff=0.6)
                     valid = f"did you mean {near[0]}?" if near else "valid are dotted keys such as algorithm.inner_lr"
                     raise ConfigError(f"search.conditions.{number}.{part}: unknown key {key}; {valid}")
+
+
+def _check_schedules(search: Search, base: Config) -> None:
+    """Refuse keys that cannot change while a run goes on."""
+    for key, domain in search.space.items():
+        if base.outer.steps < 2:
+            raise ConfigError("outer.steps: a run of one meta-step has no generations; valid is 2 or more")
+        stages = [{"at": 1, "set": {key: domain.witnesses[0]}}]
+        try:
+            validate({**base.model_dump(), "stages": stages}, "")
+        except ConfigError as error:
+            told = str(error).removeprefix(": stages.0.set: ")
+            raise ConfigError(f"search.space.{key}: search.scheduler=pbt changes values on the way: {told}") from error
 
 
 FREE_ON_RESUME = ("search.concurrent", "search.trials", "cluster", "tracking")

@@ -25,7 +25,9 @@ class Search(Tree):
     trials: Positive = Field(16, description="trials to start, the baseline among them")
     concurrent: Positive = Field(2, description="trials at once")
     searcher: Literal["random", "grid", "optuna"] = Field("optuna", description="who proposes points; optuna: TPE")
-    scheduler: Literal["fifo", "asha", "median"] = Field("asha", description="who stops trials early; fifo: nobody")
+    scheduler: Literal["fifo", "asha", "median", "pbt"] = Field(
+        "asha", description="who stops trials early; fifo: nobody; pbt: the worst take over the best one's state"
+    )
     seed: Seed = Field(0, description="of the search, not of its runs")
     also: list[str] = Field([], description="further aims beside the validation's score, all small: a Pareto table")
     reduction: Annotated[int, Field(ge=2), Number] = Field(2, description="of asha: the best 1/reduction goes on")
@@ -33,6 +35,14 @@ class Search(Tree):
         None, description="of asha and median: meta-steps that every trial takes; eval.every"
     )
     samples: Positive = Field(3, description="of median: other trials that must have come as far")
+    interval: Positive | None = Field(None, description="of pbt: meta-steps of a generation; eval.every")
+    quantile: Annotated[float, Field(gt=0, le=0.5), Number] = Field(0.25, description="of pbt: share that is replaced")
+    perturb: tuple[Annotated[float, Field(gt=0, lt=1), Number], Annotated[float, Field(gt=1), Number]] = Field(
+        (0.8, 1.25), description="of pbt: factors of a number, to less and to more"
+    )
+    resample: Annotated[float, Field(ge=0, le=1), Number] = Field(
+        0.25, description="of pbt: chance of a value drawn anew"
+    )
     startup: Count | None = Field(None, description="of optuna: trials drawn at random first; a third, at most 10")
     baseline: bool = Field(True, description="the first trial is the job's own values, and is never stopped early")
     finalists: Positive = Field(3, description="best trials that are judged again, on more tasks, to choose the winner")
@@ -46,8 +56,13 @@ class Search(Tree):
         for key, reader, value in (("reduction", "asha", 2), ("samples", "median", 3)):
             if getattr(self, key) != value and self.scheduler != reader:
                 raise ValueError(f"{key}: is read by search.scheduler={reader} only, not by {self.scheduler}")
-        if self.grace is not None and self.scheduler == "fifo":
-            raise ValueError("grace: is read by search.scheduler=asha or median only, not by fifo")
+        if self.grace is not None and self.scheduler not in ("asha", "median"):
+            raise ValueError(f"grace: is read by search.scheduler=asha or median only, not by {self.scheduler}")
+        for key in ("interval", "quantile", "perturb", "resample"):
+            if getattr(self, key) != type(self).model_fields[key].default and self.scheduler != "pbt":
+                raise ValueError(f"{key}: is read by search.scheduler=pbt only, not by {self.scheduler}")
+        if self.scheduler == "pbt" and self.searcher != "random":
+            raise ValueError(f"searcher: a population begins at random; valid is random, not {self.searcher}")
         if self.startup is not None and self.searcher != "optuna":
             raise ValueError(f"startup: is read by search.searcher=optuna only, not by {self.searcher}")
         other = next((key for key, domain in self.space.items() if not isinstance(domain, Grid)), None)
@@ -67,8 +82,14 @@ class Search(Tree):
         every, last = base.eval.every, base.outer.steps
         if not every or every > last:
             raise ValueError(f"eval.every: trials are compared on validations; {every} is none in outer.steps={last}")
+        if self.interval is not None and self.interval % every:
+            raise ValueError(f"search.interval: {self.interval} meta-steps are not a multiple of eval.every={every}")
         if self.grace is not None and self.grace % every:
             raise ValueError(f"search.grace: {self.grace} meta-steps are not a multiple of eval.every={every}")
+
+    def generation(self, base: Config) -> int:
+        """Meta-steps between two moves of a population."""
+        return self.interval or base.eval.every
 
     def first_rung(self, base: Config) -> int:
         """Meta-steps that every trial takes."""

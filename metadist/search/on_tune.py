@@ -37,10 +37,11 @@ from metadist.errors import ClusterError, Interrupted, StorageError
 from metadist.runtime.cluster import check_resources, connect, disconnect, reserved
 from metadist.runtime.runtime import Say
 from metadist.runtime.train import Stopped
-from metadist.search.director import Director, Finished, Start
+from metadist.search.director import Director, Finished, Graft, Start
+from metadist.search.graft import graft
 from metadist.search.job import SearchJob, load_search
 from metadist.search.state import Decision, Report, Trial
-from metadist.search.trial import run_trial
+from metadist.search.trial import run_trial, trial_config
 
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -153,7 +154,8 @@ def _order(job: SearchJob, trial: Trial, folder: Path, group: TrialGroup) -> str
 
 def _trial(told: dict[str, Any]) -> Trial:
     reports = [Report(*report) for report in told["reports"]]
-    return Trial(**{**told, "reports": reports, "end": None})
+    stages = [(at, changed) for at, changed in told["stages"]]
+    return Trial(**{**told, "reports": reports, "end": None, "stages": stages})
 
 
 # --- Tune's calls --------------------------------------------------------------
@@ -179,9 +181,15 @@ class _Calls:
         except Exception as error:  # noqa: BLE001
             self.broken = self.broken or error
 
+    def graft(self, order: Graft) -> None:
+        """Let members of a population take over others' runs; nobody trains in these folders now."""
+        place = self.folder / "trials"
+        for trial, donor in order.moves:
+            graft(place / donor, place / trial.id, trial_config(self.job, trial))
+
     def started(self, tune_id: str, trial: Trial) -> dict[str, str]:
         self.ids[tune_id] = trial.id
-        name = f"{trial.id}-{trial.attempt}"
+        name = f"{trial.id}-{trial.attempt}-{trial.released}"
         return {"name": name, "order": _order(self.job, trial, self.folder, self.group)}
 
     def ended(self, tune_id: str, result: dict[str, Any] | None, error: bool) -> None:
@@ -210,7 +218,12 @@ class _Searcher(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, str] | str | None:
         with self.calls.kept():
-            now = self.calls.director.next()
+            director = self.calls.director
+            now = director.next()
+            while isinstance(now, Graft):
+                self.calls.graft(now)
+                director.grafted()
+                now = director.next()
             if isinstance(now, Start):
                 return self.calls.started(trial_id, now.trial)
             return Searcher.FINISHED if isinstance(now, Finished) else None

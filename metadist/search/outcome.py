@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from metadist.config import Config
 from metadist.engine.engine import Blueprint, blueprint
 from metadist.errors import MetadistError, RunError
-from metadist.evaluation.protocol import Score, meta_test, score, settings, validation_settings
+from metadist.evaluation.protocol import Score, meta_test, score, settings
 from metadist.measure import MEASURES, Measure
 from metadist.run import checked_tables, start
 from metadist.runtime.runtime import Runtime
@@ -166,13 +166,13 @@ class _Lines(NamedTuple):
     def _scores(self, trial: Trial, draw: int, episodes: int) -> np.ndarray:
         """Score of each task of a stream of meta-validation, float64 [episodes]."""
         with self._ready(trial) as (runtime, values, _, config):
-            setting = validation_settings(config.with_values(eval={"draw": draw}))
+            setting = settings(config.with_values(eval={"draw": draw}))[0]
             return runtime.judge(values, setting, "val", episodes)["score"]
 
     @contextmanager
     def _ready(self, trial: Trial) -> Iterator[tuple[Runtime, np.ndarray, Blueprint, Config]]:
         """Something that judges the trial's last state, that state as one flat buffer, and its config."""
-        config = self.job.config(trial.values)
+        config = self.job.run_of(trial)
         if _connected():
             config = config.with_values(cluster={"address": "auto"})
         theta = self.folder / "trials" / trial.id / "theta.safetensors"

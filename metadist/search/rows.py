@@ -76,9 +76,9 @@ def _fact(kind: pa.DataType, value: Any) -> Any:
 def values_of(job: SearchJob, trial: Trial) -> dict[str, Any]:
     """The searched keys with the values that the trial trains with; null where its method has no such key."""
     try:
-        whole = flatten(job.config(trial.values))
+        whole = flatten(job.config(trial.now))
     except ConfigError:  # a trial that was refused
-        whole = flatten(job.base) | trial.values
+        whole = flatten(job.base) | trial.now
     return {key: whole.get(key) for key in job.search.space}
 
 

@@ -85,4 +85,4 @@ def _mean(trial: Trial, first: int, last: int) -> float:
     return float(np.mean(scores)) if scores else math.nan
 
 
-SCHEDULERS: dict[str, Scheduler] = {"fifo": fifo, "asha": asha, "median": median}
+SCHEDULERS: dict[str, Scheduler] = {"fifo": fifo, "asha": asha, "median": median, "pbt": fifo}

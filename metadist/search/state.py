@@ -5,9 +5,10 @@ from typing import Any, Literal, NamedTuple
 
 from metadist.search.space import Point
 
-Decision = Literal["go", "stop"]
-How = Literal["finished", "stopped", "diverged", "memory", "refused", "failed", "crashed"]
-"""Ways in which a trial ends: all its steps; early, by the scheduler; and what is recorded with its reason."""
+Decision = Literal["go", "stop", "pause"]
+How = Literal["finished", "stopped", "paused", "diverged", "memory", "refused", "failed", "crashed"]
+"""Ways in which a trial ends: all its steps; early, by the scheduler; and what is recorded with its reason. `paused` is
+the end of a member's part in a generation, not of the trial."""
 
 Origin = Literal["baseline", "random", "grid", "optuna"]
 
@@ -35,7 +36,11 @@ class End(NamedTuple):
 
 @dataclass
 class Trial:
-    """One run of the search. id: `000`, `001`, …, also its folder's name; origin: who proposed it."""
+    """One run of the search. id: `000`, `001`, …, also its folder's name; origin: who proposed it.
+
+    Of a member of a population also: stages: what changed at which meta-step, in its line of ancestors; held: it waits
+    for the others of its generation; released: the meta-step behind which the last generation went on.
+    """
 
     id: str
     index: int
@@ -44,6 +49,14 @@ class Trial:
     attempt: int = 0
     reports: list[Report] = field(default_factory=list)
     end: End | None = None
+    stages: list[tuple[int, Point]] = field(default_factory=list)
+    held: bool = False
+    released: int = 0
+
+    @property
+    def now(self) -> Point:
+        """The values in force behind its last stage."""
+        return {**self.values, **{key: value for _, changed in self.stages for key, value in changed.items()}}
 
     @property
     def stopped(self) -> bool:

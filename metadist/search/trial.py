@@ -34,7 +34,7 @@ def trial_config(job: SearchJob, trial: Trial) -> Config:
 
     Behind every validation stands a checkpoint, so that what has been decided never has to be computed again.
     """
-    config = job.config(trial.values)
+    config = job.run_of(trial)
     place = {"address": "auto"} if config.cluster.most else {}
     return config.with_values(
         eval={"test": False},
@@ -64,7 +64,7 @@ class _Attempt:
 
     def __init__(self, job: SearchJob, trial: Trial, path: Path, ask: Ask) -> None:
         self.job, self.trial, self.path, self.ask = job, trial, path, ask
-        self.began, self.before = time.time(), 0.0
+        self.began, self.before, self._waits = time.time(), 0.0, False
 
     def end(self) -> End:
         forget_peak()
@@ -83,11 +83,13 @@ class _Attempt:
             _wait_for_others(self.path)
             if (self.path / "config.yaml").is_file():
                 self._hand_in(config)
+                if self._waits:
+                    return _Ended("paused", "")
                 run.resume(self.path, _cluster_of(config), self.began, self._watch)
             else:
                 run.train(config, self.trial.id, self.path, self.began, self._watch)
         except Stopped as end:
-            return _Ended("stopped", str(end))
+            return _Ended("paused" if self._waits else "stopped", str(end))
         except Divergence as error:
             return _Ended("diverged", str(error))
         except (ConfigError, DataError) as error:
@@ -114,7 +116,9 @@ class _Attempt:
             raise Divergence(f"the validation behind step {step} is {score.mean}")
         interval = {"ci95": score.ci95} if math.isfinite(score.ci95) else {}
         values = {"score": score.mean, **interval, "seconds": self.seconds, **peak_memory()}
-        if self.ask(step, values) == "stop":
+        decision = self.ask(step, values)
+        self._waits = decision == "pause"
+        if decision != "go":
             raise Stopped(f"by {self.job.search.scheduler} behind {step} meta-steps")
 
     def _hand_in(self, config: Config) -> None:
@@ -129,6 +133,8 @@ class _Attempt:
         for row in read_metrics(self.path / "metrics.parquet"):
             if name in row and row["step"] <= snapshot.step and row["step"] not in told:
                 self._watch(int(row["step"]), Score(row[name], row.get("val_ci95", math.nan)))
+        paused = {report.step for report in self.trial.reports if report.decision == "pause"}
+        self._waits = self.trial.released < snapshot.step and snapshot.step in paused
 
     def _facts(self) -> tuple[int, dict[str, Any]]:
         """Meta-steps that are kept, and what they were like."""
