@@ -15,7 +15,6 @@ import logging
 import os
 import queue
 import shutil
-import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -33,13 +32,13 @@ from ray.util.placement_group import PlacementGroup
 
 from metadist.config import Cluster
 from metadist.data.files import cache_folder
-from metadist.errors import ClusterError, Interrupted, StorageError
-from metadist.runtime.cluster import check_resources, connect, disconnect, reserved
+from metadist.errors import ClusterError, StorageError
+from metadist.runtime.cluster import reserved
 from metadist.runtime.runtime import Say
 from metadist.runtime.train import Stopped
 from metadist.search.director import Director, Finished, Start
 from metadist.search.job import SearchJob, load_search
-from metadist.search.state import Decision, Report, Trial
+from metadist.search.state import Decision, How, Report, Trial
 from metadist.search.trial import run_trial
 
 ENVIRONMENT = {
@@ -189,7 +188,7 @@ class _Calls:
         if error:
             reason = self.reasons.pop(tune_id, "its process died")
             reports = self.director.trials[int(id)].reports
-            how = "memory" if "memory" in reason else "crashed"
+            how: How = "memory" if "memory" in reason else "crashed"
             self.director.end(id, how, reports[-1].step if reports else 0, reason, {})
         elif "problem" in result:
             raise StorageError(result["problem"])
@@ -282,27 +281,20 @@ def _why_it_died(error: Exception | None) -> str:
 
 
 def fit(job: SearchJob, director: Director, folder: Path, show: Show, say: Say) -> None:
-    """Run trials until the Director has no more. Raises what went wrong in its calls, Interrupted, ClusterError."""
-    cluster = job.base.cluster
-    ray, ours = connect(_room(job))
+    """Run trials on the connected cluster until the Director has no more.
+
+    Raises what went wrong in its calls, and ClusterError.
+    """
+    calls = _Calls(job, director, folder, _group(job.base.cluster), show)
+    show(director.trials)
+    whole = False
     try:
-        if cluster.address != "local":
-            check_resources(ray, cluster.model_copy(update={"workers": max(1, cluster.most)}))
-        calls = _Calls(job, director, folder, _group(cluster), show)
-        _made.clear()
-        try:
-            _tune(calls, folder)
-        finally:
-            _clear_away(say if calls.broken is None else lambda line: None)
+        _tune(calls)
+        whole = True
     finally:
-        if ours:
-            disconnect()
-
-
-def _room(job: SearchJob) -> Cluster:
-    """A cluster that holds the trials that run at once."""
-    cluster = job.base.cluster
-    return cluster.model_copy(update={"workers": job.search.concurrent * max(1, cluster.most)})
+        left = _clear_away()
+        if whole and left:
+            say(f"Ray Tune left {left} placement groups behind; they are removed")
 
 
 def _group(cluster: Cluster) -> TrialGroup:
@@ -314,7 +306,7 @@ def _group(cluster: Cluster) -> TrialGroup:
     return TrialGroup([here, *workers], "SPREAD" if cluster.placement == "spread" else "PACK")
 
 
-def _tune(calls: _Calls, folder: Path) -> None:
+def _tune(calls: _Calls) -> None:
     storage = tempfile.mkdtemp(prefix="metadist-tune-")
     try:
         with _surroundings():
@@ -337,8 +329,6 @@ def _tune(calls: _Calls, folder: Path) -> None:
                     failure_config=tune.FailureConfig(max_failures=0),
                 ),
             ).fit()
-    except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; go on with `metadist search --resume {folder}`") from None
     except _Broken:
         pass
     except tune.TuneError as error:
@@ -352,20 +342,16 @@ def _tune(calls: _Calls, folder: Path) -> None:
 
 @contextmanager
 def _surroundings() -> Iterator[None]:
-    """Tune is quiet, and SIGTERM ends the search as SIGINT does."""
+    """Tune is quiet."""
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)
     loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGTERM, _interrupt) if main else None
     try:
         yield
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, handler)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         for name, value in before.items():
@@ -375,15 +361,10 @@ def _surroundings() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _clear_away(say: Say) -> None:
-    """Remove the groups that Tune has left (ray issue 54305), with what is in them."""
+def _clear_away() -> int:
+    """Remove the groups that Tune has left (ray issue 54305), with what is in them; how many there were."""
     left = [group for group in _made if placement_group_table(group).get("state") not in ("REMOVED", None)]
     for group in left:
         remove_placement_group(group)
-    if left:
-        say(f"Ray Tune left {len(left)} placement groups behind; they are removed")
     _made.clear()
+    return len(left)

@@ -1,5 +1,6 @@
 """A trial is a run: the same code as `metadist train`, watched at its validations. Knows no Ray."""
 
+import errno
 import math
 import time
 import traceback
@@ -17,6 +18,7 @@ from metadist.evaluation.protocol import Score
 from metadist.measure import MEASURES
 from metadist.runtime.checkpoint import newest_good
 from metadist.runtime.journal import read_metrics
+from metadist.runtime.run_folder import RunFolder
 from metadist.runtime.train import Stopped
 from metadist.search.costs import adaptation_mflop, forget_peak, peak_memory
 from metadist.search.job import SearchJob
@@ -24,6 +26,8 @@ from metadist.search.state import Decision, End, How, Trial
 
 Ask = Callable[[int, dict[str, float]], Decision]
 """Tells of a validation behind so many meta-steps, and waits for what is decided."""
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
 
 OTHERS_SECONDS = 60.0
 """How long a trial waits for the process that computed it before, which may still be ending."""
@@ -100,6 +104,8 @@ class _Attempt:
             return _Ended("failed", str(error))
         except Exception as error:  # noqa: BLE001, whatever it is, the search goes on
             traceback.print_exc()
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise StorageError(str(error)) from error
             line = " ".join(str(error).split())[:300]
             return _Ended("memory" if _out_of_memory(error) else "crashed", f"{type(error).__name__}: {line}")
         return _Ended("finished", "")
@@ -146,7 +152,7 @@ class _Attempt:
         facts["seconds"] = record["seconds"]
         if best is not None:
             facts["best"] = {"step": best.step, MEASURES[config.kind].name: best.score, "ci95": best.ci95}
-        result = run.RunFolder(self.path).result()
+        result = RunFolder(self.path).result()
         if result is not None:
             facts |= {"seconds": result["wall_seconds"], "reproducible": result["reproducible"]}
             facts |= {name: result[name] for name in ("theta_sha256", "numeric_fingerprint")}
