@@ -3,34 +3,23 @@
 The state is a fold of the ledger's events. Every call makes events from the state, has them durable, folds them in, and
 only then answers; so whoever reads the ledger again stands where the search stood, and nothing that was decided is
 decided anew. There is no random generator and no clock in what is decided, but for `search.budget`, which is an event.
-
-Events, by their `event`; each has `seconds`, those that drivers have spent on the search so far:
-
-- `trial` {id, index, origin, values}: is started;
-- `report` {id, step, values, decision, why}: a validation, and what was answered;
-- `retry` {id, attempt, reason}: its process died; it goes on from its last checkpoint;
-- `end` {id, how, step, reason, facts};
-- `budget` {minutes}: from here on no trial is started.
-
-A number that is not finite stands as a word: nan, inf or -inf. Events of other names are others', and passed over.
 """
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 from metadist.search.draw import grid, own_point, random_point
+from metadist.search.events import OWN, fold, plain
 from metadist.search.job import SearchJob
 from metadist.search.keys import first_random
 from metadist.search.ledger import Event
 from metadist.search.schedulers import SCHEDULERS
 from metadist.search.space import Point
-from metadist.search.state import Decision, End, How, Origin, Report, Trial
+from metadist.search.state import Decision, How, Origin, Trial
 from metadist.search.tpe import tpe_point
-
-OWN = ("trial", "report", "retry", "end", "budget")
 
 
 class Record(Protocol):
@@ -69,12 +58,12 @@ class Director:
         self.job = job
         self.trials: list[Trial] = []
         self._ledger, self._clock = ledger, clock
-        own = (event["seconds"] for event in ledger.events if event.get("event") in OWN)
+        own = [event["seconds"] for event in ledger.events if event.get("event") in OWN]
         self._spent, self._began = max(own, default=0.0), clock()  # by drivers before this one; when this one began
         self._running: set[str] = set()  # given out by this driver
         self._over = False
-        self._grid: list[Point] = []
-        self._rest: Iterator[Point] = grid(job)
+        self._grid: list[Point] = []  # its first points
+        self._rest = grid(job)
         for event in ledger.events:
             self._apply(event)
 
@@ -105,22 +94,16 @@ class Director:
         if trial.end is not None or trial.stopped:
             return "stop"
         why = self._why(trial, step, values["score"])
-        told = {name: _plain(float(value)) for name, value in values.items()}
+        told = {name: plain(float(value)) for name, value in values.items()}
         decision = "stop" if why else "go"
         self._record("report", id=id, step=step, values=told, decision=decision, why=why)
         return trial.reports[-1].decision
 
     def end(self, id: str, how: How, step: int, reason: str, facts: Mapping[str, Any]) -> None:
         """A trial has ended, or its process has (`crashed`). Told again, it changes nothing. Raises StorageError."""
-        trial = self._trial(id)
-        if trial.end is None:
-            if trial.stopped:
-                how, reason = "stopped", trial.reports[-1].why
-            if how == "crashed" and trial.attempt < self.job.search.retries:
-                self._record("retry", id=id, attempt=trial.attempt + 1, reason=reason)
-            else:
-                self._record("end", id=id, how=how, step=step, reason=reason, facts=_plain(facts))
-        self._running.discard(id)
+        if id in self._running:
+            self._end(self._trial(id), how, step, reason, facts)
+            self._running.discard(id)
 
     # --- what follows from the state -----------------------------------------------
 
@@ -144,20 +127,11 @@ class Director:
         number = index - search.baseline
         match search.searcher:
             case "grid":
-                point = self._of_grid(number)
-                return None if point is None else ("grid", point)
+                self._grid += islice(self._rest, max(0, number + 1 - len(self._grid)))
+                return ("grid", self._grid[number]) if number < len(self._grid) else None
             case "optuna" if number >= first_random(search):
                 return "optuna", tpe_point(self.job, index, self.trials)
         return "random", random_point(self.job, index)
-
-    def _of_grid(self, number: int) -> Point | None:
-        """The grid's point of a number; None behind the last."""
-        while len(self._grid) <= number:
-            point = next(self._rest, None)
-            if point is None:
-                return None
-            self._grid.append(point)
-        return self._grid[number]
 
     def _why(self, trial: Trial, step: int, score: float) -> str:
         """Why a trial is stopped; empty where it goes on."""
@@ -165,11 +139,19 @@ class Director:
             return ""
         return SCHEDULERS[self.job.search.scheduler](self.job, self.trials, trial, step, score)
 
+    def _end(self, trial: Trial, how: How, step: int, reason: str, facts: Mapping[str, Any]) -> None:
+        if trial.stopped:  # whatever else happened to it on its way out
+            how, reason = "stopped", trial.reports[-1].why
+        if how == "crashed" and trial.attempt < self.job.search.retries:
+            self._record("retry", id=trial.id, attempt=trial.attempt + 1, reason=reason)
+        else:
+            self._record("end", id=trial.id, how=how, step=step, reason=reason, facts=plain(facts))
+
     def _bury(self) -> None:
         """Trials that were stopped by a driver that died before it heard of their end."""
         for trial in self.trials:
             if trial.end is None and trial.id not in self._running and trial.stopped:
-                self.end(trial.id, "stopped", trial.reports[-1].step, "", {})
+                self._end(trial, "stopped", trial.reports[-1].step, "", {})
 
     def _look_at_the_clock(self) -> None:
         budget = self.job.search.budget
@@ -185,27 +167,8 @@ class Director:
         self._apply(self._ledger.append({"event": event, "seconds": round(self._seconds(), 3), **what}))
 
     def _apply(self, event: Event) -> None:
-        match event:
-            case {"event": "trial", "id": id, "index": index, "origin": origin, "values": values}:
-                self.trials.append(Trial(id, index, origin, values))
-            case {"event": "report", "id": id, "step": step, "values": told, "decision": decision, "why": why}:
-                values = {name: float(value) for name, value in told.items()}
-                self._trial(id).reports.append(Report(step, values, decision, why))
-            case {"event": "retry", "id": id, "attempt": attempt}:
-                self._trial(id).attempt = attempt
-            case {"event": "end", "id": id, "how": how, "step": step, "reason": reason, "facts": facts}:
-                self._trial(id).end = End(how, step, reason, facts)
-            case {"event": "budget"}:
-                self._over = True
+        fold(self.trials, event)
+        self._over = self._over or event.get("event") == "budget"
 
     def _trial(self, id: str) -> Trial:
         return self.trials[int(id)]
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it, and reads it again."""
-    if isinstance(value, Mapping):
-        return {name: _plain(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
