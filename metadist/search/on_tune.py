@@ -170,6 +170,9 @@ class _Calls:
         self.reasons: dict[str, str] = {}  # why a process died, by Tune's id
         self.broken: Exception | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune keeps copies of searcher and scheduler, for a resume of its own
+
     @contextmanager
     def kept(self) -> Iterator[None]:
         try:

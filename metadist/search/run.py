@@ -136,6 +136,10 @@ def _refuse_place(job: SearchJob) -> None:
             f"cluster.address: {cluster.address} keeps the driver outside of the cluster, where the trials' folders "
             f"would not be; valid: local, auto, HOST:PORT"
         )
+    if cluster.most and "peak_memory" in job.search.also:
+        raise ConfigError(
+            "search.also: peak_memory is known of trials that compute in one process; valid with cluster.workers=0"
+        )
     if cluster.address == "local" and device == "cuda":
         import torch
 

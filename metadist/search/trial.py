@@ -102,7 +102,7 @@ class _Attempt:
             raise
         except MetadistError as error:
             return _Ended("failed", str(error))
-        except Exception as error:  # noqa: BLE001, whatever it is, the search goes on
+        except Exception as error:
             traceback.print_exc()
             if isinstance(error, OSError) and error.errno in FULL:
                 raise StorageError(str(error)) from error
@@ -115,11 +115,15 @@ class _Attempt:
         """Of this process, and of those before it up to their last checkpoint."""
         return self.before + time.time() - self.began
 
+    def _memory(self) -> dict[str, float]:
+        """The peak where the trial is this process; that of workers on other machines is not known here."""
+        return {} if self.job.base.cluster.most else peak_memory()
+
     def _watch(self, step: int, score: Score) -> None:
         if not math.isfinite(score.mean):
             raise Divergence(f"the validation behind step {step} is {score.mean}")
         interval = {"ci95": score.ci95} if math.isfinite(score.ci95) else {}
-        values = {"score": score.mean, **interval, "seconds": self.seconds, **peak_memory()}
+        values = {"score": score.mean, **interval, "seconds": self.seconds, **self._memory()}
         if self.ask(step, values) == "stop":
             raise Stopped(f"by {self.job.search.scheduler} behind {step} meta-steps")
 
@@ -140,7 +144,7 @@ class _Attempt:
         """Meta-steps that are kept, and what they were like."""
         rows = [row for row in read_metrics(self.path / "metrics.parquet") if "seconds" in row]
         config = self.job.base
-        facts: dict[str, Any] = {"seconds": self.seconds, **peak_memory()}
+        facts: dict[str, Any] = {"seconds": self.seconds, **self._memory()}
         if rows:
             facts["tasks_per_second"] = sum(row["seconds"] * row["tasks_per_second"] for row in rows) / sum(
                 row["seconds"] for row in rows
