@@ -23,11 +23,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
+from ray.exceptions import OutOfMemoryError, RayTaskError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
-from ray.util import get_node_ip_address, placement_group_table, remove_placement_group
+from ray.util import placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 
 from metadist.config import Cluster
@@ -177,12 +179,12 @@ class _Calls:
     def kept(self) -> Iterator[None]:
         try:
             yield
-            self.show(self.director.trials)
         except Exception as error:  # noqa: BLE001
             self.broken = self.broken or error
 
     def started(self, tune_id: str, trial: Trial) -> dict[str, str]:
         self.ids[tune_id] = trial.id
+        self.show(self.director.trials)
         name = f"{trial.id}-{trial.attempt}"
         return {"name": name, "order": _order(self.job, trial, self.folder, self.group)}
 
@@ -198,6 +200,7 @@ class _Calls:
         else:
             end = json.loads(result["end"])
             self.director.end(id, end["how"], end["step"], end["reason"], end["facts"])
+        self.show(self.director.trials)
 
 
 class _Searcher(Searcher):
@@ -244,6 +247,7 @@ class _Scheduler(FIFOScheduler):
             step, values = json.loads(result["report"])
             decision = self.calls.director.report(self.calls.ids[trial.trial_id], step, values)
             trial.temporary_state.ray_actor.decide.remote(decision)
+            self.calls.show(self.calls.director.trials)
         return str(TrialScheduler.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
@@ -270,8 +274,6 @@ class _Stopper(Stopper):
 
 
 def _why_it_died(error: Exception | None) -> str:
-    from ray.exceptions import OutOfMemoryError, RayTaskError
-
     if isinstance(error, RayTaskError):  # it lives, and raised
         line = str(error.cause or error).strip().splitlines()[-1]
         return f"{type(error.cause).__name__}: {line}"
@@ -302,11 +304,18 @@ def fit(job: SearchJob, director: Director, folder: Path, show: Show, say: Say) 
 
 def _group(cluster: Cluster) -> TrialGroup:
     """A trial's own process, on the driver's host, where the run folders are, and its workers."""
-    here, each = {f"node:{get_node_ip_address()}": 0.001}, reserved(cluster)
+    here, each = {_this_host(): 0.001}, reserved(cluster)
     if not cluster.most:
         return TrialGroup([{**each, **here}])
     workers = [each] * cluster.most if any(each.values()) else []
     return TrialGroup([here, *workers], "SPREAD" if cluster.placement == "spread" else "PACK")
+
+
+def _this_host() -> str:
+    """The resource that every host has of its own."""
+    me = ray.get_runtime_context().get_node_id()
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == me)
+    return next(name for name in node["Resources"] if name.startswith("node:") and "__" not in name)
 
 
 def _tune(calls: _Calls) -> None:
