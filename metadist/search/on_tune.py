@@ -315,7 +315,7 @@ def _this_host() -> str:
     """The resource that every host has of its own."""
     me = ray.get_runtime_context().get_node_id()
     (node,) = (node for node in ray.nodes() if node["NodeID"] == me)
-    return next(name for name in node["Resources"] if name.startswith("node:") and "__" not in name)
+    return next(str(name) for name in node["Resources"] if name.startswith("node:") and "__" not in name)
 
 
 def _tune(calls: _Calls) -> None:
