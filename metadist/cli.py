@@ -134,6 +134,42 @@ def _show(finished: object) -> None:
 
 
 @app.command()
+def search(
+    words: Overrides = None,
+    run_dir: Annotated[Path | None, typer.Option(help="new search folder; searches/JOB-DATE-TIME without it")] = None,
+    resume: Annotated[Path | None, typer.Option(help="search folder to go on with")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved job and run nothing")] = False,
+) -> None:
+    """Search keys of the config, each trial a whole meta-training, and write a search folder.
+
+    Examples: `metadist search search-inner-loop`, `metadist search JOB search.trials=64 search.concurrent=8
+    cluster.address=auto --run-dir searches/a`, `metadist search --resume searches/a`.
+    """
+    with told_in_one_line():
+        from metadist.search.job import load_search, to_yaml
+        from metadist.search.run import fresh_name, refuse, size
+        from metadist.search.run import resume as go_on
+        from metadist.search.run import search as run
+
+        if resume is not None:
+            if run_dir is not None or dry_run:
+                raise ConfigError("--resume goes with overrides only; the search folder is the resumed one")
+            jobs = [word for word in words or [] if "=" not in word]
+            if jobs:
+                raise ConfigError(f"--resume takes its job from {resume}/search.yaml; leave out {jobs[0]}")
+            go_on(resume, words or [])
+            return
+        name, overrides = _job_and_overrides(words)
+        if dry_run:
+            job = load_search(name, overrides)
+            refuse(job, run_dir or fresh_name(name))
+            print(to_yaml(job), end="")
+            print(f"# space: {size(job)}")
+            return
+        run(name, overrides, run_dir)
+
+
+@app.command()
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(help="folder of a finished run")],
     overrides: Annotated[

@@ -30,7 +30,7 @@ def adaptation_mflop(config: Config, tables: Sequence[Table]) -> float:
     support = sampler.sample(config.eval.draw, 0, 1).support
     with FlopCounterMode(display=False) as counter:
         algorithm.adapt(theta, state, Examples(support.x[0], support.y[0]), sampler.ways)
-    return counter.get_total_flops() / 1e6
+    return float(counter.get_total_flops()) / 1e6
 
 
 STATUS = Path("/proc/self/status")
@@ -39,7 +39,7 @@ STATUS = Path("/proc/self/status")
 def forget_peak() -> None:
     """Let the peaks begin where memory is now. A process that is used again gives back what it has kept first."""
     gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if _on_a_gpu():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     if sys.platform.startswith("linux"):
@@ -59,6 +59,11 @@ def peak_memory() -> dict[str, float]:
         line = next((line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")), "")
         if line:
             found["peak_memory"] = int(line.split()[1]) / 1024
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if _on_a_gpu():
         found["peak_gpu_memory"] = torch.cuda.max_memory_allocated() / 2**20
     return found
+
+
+def _on_a_gpu() -> bool:
+    """Whether this process has used one; to ask for its memory would start one otherwise."""
+    return bool(torch.cuda.is_available() and torch.cuda.is_initialized())  # type: ignore[no-untyped-call]

@@ -79,7 +79,7 @@ def load_search(job: str | Path, overrides: Sequence[str] = ()) -> SearchJob:
 def checked(raw: dict[str, Any], origin: str) -> SearchJob:
     """The job of a raw mapping."""
     section = raw.pop("search")
-    base = _judged_alike(resolve(validate(raw, origin)))
+    base = _judged_alike(_resolved(validate(raw, origin), section.get("concurrent")))
     try:
         search = Search.model_validate(section)
         search.fits(base)
@@ -124,6 +124,18 @@ def _check_schedules(search: Search, base: Config) -> None:
         except ConfigError as error:
             told = str(error).removeprefix(": stages.0.set: ")
             raise ConfigError(f"search.space.{key}: search.scheduler=pbt changes values on the way: {told}") from error
+
+
+def _resolved(base: Config, concurrent: Any) -> Config:
+    """The run with every `auto` replaced; all trials at once share this machine's GPUs."""
+    workers = base.cluster.workers
+    at_once = (
+        concurrent if isinstance(concurrent, int) and concurrent > 0 else Search.model_fields["concurrent"].default
+    )
+    if base.cluster.address != "local" or not isinstance(workers, int):
+        return resolve(base)
+    shared = resolve(base.with_values(cluster={"workers": at_once * max(1, workers)}))
+    return shared.with_values(cluster={"workers": workers})
 
 
 FREE_ON_RESUME = ("search.concurrent", "search.trials", "cluster", "tracking")

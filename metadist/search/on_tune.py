@@ -15,7 +15,6 @@ import logging
 import os
 import queue
 import shutil
-import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,23 +23,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
+from ray.exceptions import OutOfMemoryError, RayTaskError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
-from ray.util import get_node_ip_address, placement_group_table, remove_placement_group
+from ray.util import placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 
 from metadist.config import Cluster
 from metadist.data.files import cache_folder
-from metadist.errors import ClusterError, Interrupted, StorageError
-from metadist.runtime.cluster import check_resources, connect, disconnect, reserved
+from metadist.errors import ClusterError, StorageError
+from metadist.runtime.cluster import reserved
 from metadist.runtime.runtime import Say
 from metadist.runtime.train import Stopped
 from metadist.search.director import Director, Finished, Graft, Start
 from metadist.search.graft import graft
 from metadist.search.job import SearchJob, load_search
-from metadist.search.state import Decision, Report, Trial
+from metadist.search.state import Decision, How, Report, Trial
 from metadist.search.trial import run_trial, trial_config
 
 ENVIRONMENT = {
@@ -173,11 +174,13 @@ class _Calls:
         self.reasons: dict[str, str] = {}  # why a process died, by Tune's id
         self.broken: Exception | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune keeps copies of searcher and scheduler, for a resume of its own
+
     @contextmanager
     def kept(self) -> Iterator[None]:
         try:
             yield
-            self.show(self.director.trials)
         except Exception as error:  # noqa: BLE001
             self.broken = self.broken or error
 
@@ -189,6 +192,7 @@ class _Calls:
 
     def started(self, tune_id: str, trial: Trial) -> dict[str, str]:
         self.ids[tune_id] = trial.id
+        self.show(self.director.trials)
         name = f"{trial.id}-{trial.attempt}-{trial.released}"
         return {"name": name, "order": _order(self.job, trial, self.folder, self.group)}
 
@@ -197,13 +201,14 @@ class _Calls:
         if error:
             reason = self.reasons.pop(tune_id, "its process died")
             reports = self.director.trials[int(id)].reports
-            how = "memory" if "memory" in reason else "crashed"
+            how: How = "memory" if "memory" in reason else "crashed"
             self.director.end(id, how, reports[-1].step if reports else 0, reason, {})
         elif "problem" in result:
             raise StorageError(result["problem"])
         else:
             end = json.loads(result["end"])
             self.director.end(id, end["how"], end["step"], end["reason"], end["facts"])
+        self.show(self.director.trials)
 
 
 class _Searcher(Searcher):
@@ -255,6 +260,7 @@ class _Scheduler(FIFOScheduler):
             step, values = json.loads(result["report"])
             decision = self.calls.director.report(self.calls.ids[trial.trial_id], step, values)
             trial.temporary_state.ray_actor.decide.remote(decision)
+            self.calls.show(self.calls.director.trials)
         return str(TrialScheduler.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
@@ -281,8 +287,6 @@ class _Stopper(Stopper):
 
 
 def _why_it_died(error: Exception | None) -> str:
-    from ray.exceptions import OutOfMemoryError, RayTaskError
-
     if isinstance(error, RayTaskError):  # it lives, and raised
         line = str(error.cause or error).strip().splitlines()[-1]
         return f"{type(error.cause).__name__}: {line}"
@@ -295,39 +299,39 @@ def _why_it_died(error: Exception | None) -> str:
 
 
 def fit(job: SearchJob, director: Director, folder: Path, show: Show, say: Say) -> None:
-    """Run trials until the Director has no more. Raises what went wrong in its calls, Interrupted, ClusterError."""
-    cluster = job.base.cluster
-    ray, ours = connect(_room(job))
+    """Run trials on the connected cluster until the Director has no more.
+
+    Raises what went wrong in its calls, and ClusterError.
+    """
+    calls = _Calls(job, director, folder, _group(job.base.cluster), show)
+    show(director.trials)
+    whole = False
     try:
-        if cluster.address != "local":
-            check_resources(ray, cluster.model_copy(update={"workers": max(1, cluster.most)}))
-        calls = _Calls(job, director, folder, _group(cluster), show)
-        _made.clear()
-        try:
-            _tune(calls, folder)
-        finally:
-            _clear_away(say if calls.broken is None else lambda line: None)
+        _tune(calls)
+        whole = True
     finally:
-        if ours:
-            disconnect()
-
-
-def _room(job: SearchJob) -> Cluster:
-    """A cluster that holds the trials that run at once."""
-    cluster = job.base.cluster
-    return cluster.model_copy(update={"workers": job.search.concurrent * max(1, cluster.most)})
+        left = _clear_away()
+        if whole and left:
+            say(f"Ray Tune left {left} placement groups behind; they are removed")
 
 
 def _group(cluster: Cluster) -> TrialGroup:
     """A trial's own process, on the driver's host, where the run folders are, and its workers."""
-    here, each = {f"node:{get_node_ip_address()}": 0.001}, reserved(cluster)
+    here, each = {_this_host(): 0.001}, reserved(cluster)
     if not cluster.most:
         return TrialGroup([{**each, **here}])
     workers = [each] * cluster.most if any(each.values()) else []
     return TrialGroup([here, *workers], "SPREAD" if cluster.placement == "spread" else "PACK")
 
 
-def _tune(calls: _Calls, folder: Path) -> None:
+def _this_host() -> str:
+    """The resource that every host has of its own."""
+    me = ray.get_runtime_context().get_node_id()
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == me)
+    return next(str(name) for name in node["Resources"] if name.startswith("node:") and "__" not in name)
+
+
+def _tune(calls: _Calls) -> None:
     storage = tempfile.mkdtemp(prefix="metadist-tune-")
     try:
         with _surroundings():
@@ -350,8 +354,6 @@ def _tune(calls: _Calls, folder: Path) -> None:
                     failure_config=tune.FailureConfig(max_failures=0),
                 ),
             ).fit()
-    except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; go on with `metadist search --resume {folder}`") from None
     except _Broken:
         pass
     except tune.TuneError as error:
@@ -365,20 +367,16 @@ def _tune(calls: _Calls, folder: Path) -> None:
 
 @contextmanager
 def _surroundings() -> Iterator[None]:
-    """Tune is quiet, and SIGTERM ends the search as SIGINT does."""
+    """Tune is quiet."""
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)
     loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGTERM, _interrupt) if main else None
     try:
         yield
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, handler)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         for name, value in before.items():
@@ -388,15 +386,10 @@ def _surroundings() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _clear_away(say: Say) -> None:
-    """Remove the groups that Tune has left (ray issue 54305), with what is in them."""
+def _clear_away() -> int:
+    """Remove the groups that Tune has left (ray issue 54305), with what is in them; how many there were."""
     left = [group for group in _made if placement_group_table(group).get("state") not in ("REMOVED", None)]
     for group in left:
         remove_placement_group(group)
-    if left:
-        say(f"Ray Tune left {len(left)} placement groups behind; they are removed")
     _made.clear()
+    return len(left)

@@ -1,5 +1,6 @@
 """A trial is a run: the same code as `metadist train`, watched at its validations. Knows no Ray."""
 
+import errno
 import math
 import time
 import traceback
@@ -17,6 +18,7 @@ from metadist.evaluation.protocol import Score
 from metadist.measure import MEASURES
 from metadist.runtime.checkpoint import newest_good
 from metadist.runtime.journal import read_metrics
+from metadist.runtime.run_folder import RunFolder
 from metadist.runtime.train import Stopped
 from metadist.search.costs import adaptation_mflop, forget_peak, peak_memory
 from metadist.search.job import SearchJob
@@ -24,6 +26,8 @@ from metadist.search.state import Decision, End, How, Trial
 
 Ask = Callable[[int, dict[str, float]], Decision]
 """Tells of a validation behind so many meta-steps, and waits for what is decided."""
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
 
 OTHERS_SECONDS = 60.0
 """How long a trial waits for the process that computed it before, which may still be ending."""
@@ -100,8 +104,10 @@ class _Attempt:
             raise
         except MetadistError as error:
             return _Ended("failed", str(error))
-        except Exception as error:  # noqa: BLE001, whatever it is, the search goes on
+        except Exception as error:
             traceback.print_exc()
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise StorageError(str(error)) from error
             line = " ".join(str(error).split())[:300]
             return _Ended("memory" if _out_of_memory(error) else "crashed", f"{type(error).__name__}: {line}")
         return _Ended("finished", "")
@@ -111,11 +117,15 @@ class _Attempt:
         """Of this process, and of those before it up to their last checkpoint."""
         return self.before + time.time() - self.began
 
+    def _memory(self) -> dict[str, float]:
+        """The peak where the trial is this process; that of workers on other machines is not known here."""
+        return {} if self.job.base.cluster.most else peak_memory()
+
     def _watch(self, step: int, score: Score) -> None:
         if not math.isfinite(score.mean):
             raise Divergence(f"the validation behind step {step} is {score.mean}")
         interval = {"ci95": score.ci95} if math.isfinite(score.ci95) else {}
-        values = {"score": score.mean, **interval, "seconds": self.seconds, **peak_memory()}
+        values = {"score": score.mean, **interval, "seconds": self.seconds, **self._memory()}
         decision = self.ask(step, values)
         self._waits = decision == "pause"
         if decision != "go":
@@ -140,7 +150,7 @@ class _Attempt:
         """Meta-steps that are kept, and what they were like."""
         rows = [row for row in read_metrics(self.path / "metrics.parquet") if "seconds" in row]
         config = self.job.base
-        facts: dict[str, Any] = {"seconds": self.seconds, **peak_memory()}
+        facts: dict[str, Any] = {"seconds": self.seconds, **self._memory()}
         if rows:
             facts["tasks_per_second"] = sum(row["seconds"] * row["tasks_per_second"] for row in rows) / sum(
                 row["seconds"] for row in rows
@@ -152,7 +162,7 @@ class _Attempt:
         facts["seconds"] = record["seconds"]
         if best is not None:
             facts["best"] = {"step": best.step, MEASURES[config.kind].name: best.score, "ci95": best.ci95}
-        result = run.RunFolder(self.path).result()
+        result = RunFolder(self.path).result()
         if result is not None:
             facts |= {"seconds": result["wall_seconds"], "reproducible": result["reproducible"]}
             facts |= {name: result[name] for name in ("theta_sha256", "numeric_fingerprint")}

@@ -11,8 +11,10 @@ import pytest
 
 import metadist.run
 from metadist.config import Config
+from metadist.data.sources import prepare
 from metadist.durable import lock
 from metadist.errors import StorageError
+from metadist.methods import every_method
 from metadist.runtime.journal import read_metrics
 from metadist.runtime.run_folder import RunFolder
 from metadist.search.costs import adaptation_mflop, forget_peak, peak_memory
@@ -25,7 +27,7 @@ SPACE = {"algorithm.inner_lr": {"loguniform": [0.01, 1e38]}, "algorithm.inner_st
 
 @pytest.fixture(scope="module")
 def job(tiny: Callable[..., Config]) -> SearchJob:
-    raw = tiny("outer.steps=9", "eval.every=3").model_dump()
+    raw = tiny("outer.steps=9", "eval.every=3", "eval.val_episodes=4", "task.meta_batch=4").model_dump()
     return checked(raw | {"search": {"space": SPACE, "trials": 4}}, "job")
 
 
@@ -206,3 +208,12 @@ def test_arithmetic_of_an_adaptation_grows_with_its_steps(tiny: Callable[..., Co
     one, five = (adaptation_mflop(config.with_values(algorithm={"inner_steps": steps}), tables) for steps in (1, 5))
     assert five == pytest.approx(5 * one) and one > 0
     assert adaptation_mflop(config, tables) == one, "the same every time"
+
+
+FURTHER = {"task-conditioned": ["task.within_group=true"], "imaml": ["algorithm.inner_steps=3"]}
+
+
+@pytest.mark.parametrize("name", [method.method_name() for method in every_method()])
+def test_arithmetic_of_every_method(name: str, tiny: Callable[..., Config]) -> None:
+    config = tiny(f"algorithm.name={name}", *FURTHER.get(name, []))
+    assert adaptation_mflop(config, [prepare(source) for source in config.data.sources]) >= 0.0

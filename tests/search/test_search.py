@@ -1,0 +1,264 @@
+"""A search through Ray Tune: its trials are runs, nothing of them is left, whoever dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import metadist.run
+from metadist.config import Config
+from metadist.durable import lock
+from metadist.search.events import trials_of
+from metadist.search.job import load_search
+from metadist.search.ledger import Event, read_ledger
+from metadist.search.run import resume, search
+from metadist.search.state import Trial
+
+SEARCH: dict[str, Any] = {
+    "space": {"algorithm.inner_lr": {"grid": [0.2, 1e38, 0.6]}},
+    "searcher": "grid",
+    "scheduler": "fifo",
+    "trials": 4,
+    "selection": 20,
+    "fresh": 20,
+}
+"""The baseline and three more, of which one diverges."""
+
+
+@pytest.fixture
+def job_file(tmp_path: Path, tiny: Callable[..., Config]) -> Path:
+    base = tiny("outer.steps=9", "eval.every=3", "algorithm.inner_steps=2").model_dump(mode="json")
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump({"search": SEARCH, **base}))
+    return path
+
+
+def trials_in(folder: Path) -> list[Trial]:
+    return trials_of(read_ledger(folder / "ledger.jsonl"))
+
+
+def hows(trials: list[Trial]) -> list[str]:
+    return [trial.end.how if trial.end else "" for trial in trials]
+
+
+def assert_each_is_a_run(folder: Path, alone: Path) -> None:
+    """θ of every finished trial is that of its config, trained by itself in one process."""
+    job = load_search(folder / "search.yaml")
+    for trial in trials_in(folder):
+        assert trial.end is not None
+        if trial.end.how == "finished":
+            config = job.config(trial.values).with_values(
+                cluster={"workers": 0, "address": "local"}, eval={"test": False}
+            )
+            trained = metadist.run.train(config, "alone", alone / trial.id)
+            assert trial.end.facts["theta_sha256"] == trained.result["theta_sha256"]
+
+
+def assert_nothing_is_left(cluster: Any, folder: Path, find_processes: Any, wait_until: Any) -> None:
+    from ray.util import placement_group_table
+
+    there = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+    assert not there
+    for name in ("ray::TrialActor", "ray::Worker", "ray::Remote"):
+        wait_until(lambda name=name: not find_processes(cluster.pid, name), 20, f"the end of {name}")
+    for path in (folder / "trials").glob("*/.lock"):
+        with lock(path, wait=False) as free:
+            assert free, path
+
+
+@pytest.mark.cluster
+def test_trials_are_runs(job_file: Path, tmp_path: Path, cluster: Any, find_processes: Any, wait_until: Any) -> None:
+    """Four trials, two at once; one diverges."""
+    folder = search(job_file, [f"cluster.address={cluster.address}"], tmp_path / "search")
+    trials = trials_in(folder)
+    assert hows(trials) == ["finished", "finished", "diverged", "finished"]
+    assert trials[2].end is not None and "not finite" in trials[2].end.reason
+    assert [[report.step for report in trial.reports] for trial in (trials[0], trials[1])] == [[3, 6, 9]] * 2
+    assert_each_is_a_run(folder, tmp_path)
+    assert_nothing_is_left(cluster, folder, find_processes, wait_until)
+    for trial in trials:
+        assert (folder / "logs" / f"{trial.id}.log").stat().st_size
+
+    before = read_ledger(folder / "ledger.jsonl")
+    resume(folder)
+    assert read_ledger(folder / "ledger.jsonl") == before, "a finished search has nothing to do"
+
+
+@pytest.mark.cluster
+def test_workers_in_the_trials_own_group(
+    job_file: Path, tmp_path: Path, cluster: Any, find_processes: Any, wait_until: Any
+) -> None:
+    """Each trial with a worker that has half a CPU; some are stopped early."""
+    words = ["cluster.workers=1", "cluster.cpus=0.5", "search.scheduler=asha", "search.concurrent=1"]
+    space = "search.space={algorithm.inner_lr: {grid: [0.6, 1.0e-6]}}"
+    folder = search(job_file, [*words, space, f"cluster.address={cluster.address}"], tmp_path / "search")
+    trials = trials_in(folder)
+    assert len(trials) == 3
+    stopped = [trial for trial in trials if trial.end and trial.end.how == "stopped"]
+    assert stopped, hows(trials)
+    for trial in stopped:
+        assert trial.end is not None and trial.end.step < 9 and trial.end.facts["adaptation_mflop"] > 0
+        assert not (folder / "trials" / trial.id / "result.json").exists()
+    assert_each_is_a_run(folder, tmp_path)
+    assert_nothing_is_left(cluster, folder, find_processes, wait_until)
+
+
+@pytest.mark.cluster
+def test_a_killed_trial_goes_on(
+    job_file: Path, tmp_path: Path, cluster: Any, find_processes: Any, wait_until: Any
+) -> None:
+    """SIGKILL of the trial's process behind its second checkpoint."""
+    folder = tmp_path / "search"
+    run = folder / "trials" / "000"
+
+    def kill() -> None:
+        wait_until(lambda: (run / "checkpoints" / "step-6").is_dir(), 120)
+        os.kill(int((run / ".lock").read_text()), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    words = ["outer.steps=60", "search.trials=2", f"cluster.address={cluster.address}"]
+    search(job_file, words, folder)
+    killer.join()
+    events = read_ledger(folder / "ledger.jsonl")
+    assert [event["id"] for event in events if event["event"] == "retry"] == ["000"]
+    assert hows(trials_in(folder)) == ["finished", "finished"]
+    told = [(event["id"], event["step"]) for event in events if event["event"] == "report"]
+    assert sorted(told) == [(id, step) for id in ("000", "001") for step in range(3, 61, 3)], "each once"
+    assert_each_is_a_run(folder, tmp_path)
+    assert_nothing_is_left(cluster, folder, find_processes, wait_until)
+
+
+@pytest.mark.cluster
+def test_a_full_disk_under_the_ledger_ends_the_search(
+    job_file: Path, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch,
+    find_processes: Any, wait_until: Any,
+) -> None:  # fmt: skip
+    from metadist.errors import StorageError
+    from metadist.search.ledger import Ledger
+
+    real = Ledger.append
+
+    def full(ledger: Ledger, event: Event) -> Event:
+        if event["event"] == "report" and event["step"] == 6:
+            raise StorageError("ledger.jsonl: cannot be written: No space left on device")
+        return real(ledger, event)
+
+    folder = tmp_path / "search"
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "append", full)
+        words = ["search", job_file, f"cluster.address={cluster.address}", "search.trials=2", "--run-dir", folder]
+        from metadist.cli import main
+
+        patched.setattr(sys, "argv", ["metadist", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == 3
+    assert_nothing_is_left(cluster, folder, find_processes, wait_until)
+    resume(folder)
+    assert hows(trials_in(folder)) == ["finished", "finished"]
+    assert_each_is_a_run(folder, tmp_path)
+
+
+# --- the driver's death ------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from metadist.search.ledger import Ledger
+when, name, number = sys.argv.pop(1).split(":")
+real, count = Ledger.append, [0]
+def append(ledger, event):
+    count[0] += event["event"] == name
+    mine = event["event"] == name and count[0] == int(number)
+    if mine and when == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    found = real(ledger, event)
+    if mine:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
+Ledger.append = append
+from metadist.cli import main
+main()
+"""
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., int]:
+    """Runs `metadist`, killed at a point of its ledger such as after:report:3; the exit code."""
+
+    def run(*words: object, killed: str = "never:none:1") -> int:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, killed, *map(str, words)],
+            cwd=tmp_path, env={**environment, "HOME": str(tmp_path)}, check=False, timeout=280,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        return done.returncode
+
+    return run
+
+
+MEASURED = ("seconds", "facts", "reason")
+
+
+def decisions(folder: Path) -> list[dict[str, Any]]:
+    """Events without what differs from time to time."""
+    found = []
+    for event in read_ledger(folder / "ledger.jsonl"):
+        kept = {key: value for key, value in event.items() if key not in MEASURED}
+        if event["event"] == "report":
+            kept["values"] = event["values"]["score"]
+        if event["event"] == "end":
+            kept["theta"] = event["facts"].get("theta_sha256")
+        found.append(kept)
+    return found
+
+
+ONE_AT_A_TIME = (
+    "search.concurrent=1", "search.searcher=optuna", "search.scheduler=asha", "search.trials=5",
+    "search.space={algorithm.inner_lr: {loguniform: [0.01, 3]}}", "search.startup=2",
+)  # fmt: skip
+
+
+@pytest.mark.own_cluster
+@pytest.mark.chaos
+@pytest.mark.timeout(1500)
+def test_a_killed_driver(job_file: Path, tmp_path: Path, command: Callable[..., int]) -> None:
+    """Before a trial's end is recorded, between a report and its answer, and in the selection."""
+    calm = tmp_path / "calm"
+    assert command("search", job_file, *ONE_AT_A_TIME, "--run-dir", calm) == 0
+    expected = decisions(calm)
+    for point in ("before:end:2", "after:report:5", "after:judged:1"):
+        folder = tmp_path / point.replace(":", "-")
+        assert command("search", job_file, *ONE_AT_A_TIME, "--run-dir", folder, killed=point) == -signal.SIGKILL
+        before = {
+            trial.id: (folder / "trials" / trial.id / "result.json").stat().st_mtime_ns
+            for trial in trials_in(folder)
+            if trial.end is not None and trial.end.how == "finished"
+        }
+        assert command("search", "--resume", folder) == 0
+        assert decisions(folder) == expected, point
+        for id, written in before.items():
+            assert (folder / "trials" / id / "result.json").stat().st_mtime_ns == written, "not run again"
+
+
+@pytest.mark.own_cluster
+def test_an_interrupted_search_goes_on(
+    job_file: Path, tmp_path: Path, start_cli: Any, command: Callable[..., int], wait_until: Any
+) -> None:
+    folder = tmp_path / "search"
+    process = start_cli("search", job_file, "outer.steps=30", "search.trials=2", "--run-dir", folder)
+    wait_until(lambda: (folder / "trials" / "001" / "checkpoints" / "step-3").is_dir(), 120)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
+    assert f"--resume {folder}" in process.said.splitlines()[-1] and "Traceback" not in process.said
+    assert command("search", "--resume", folder, "search.trials=3", "search.concurrent=1") == 0
+    assert hows(trials_in(folder)) == ["finished"] * 3
+    assert_each_is_a_run(folder, tmp_path)
