@@ -1,10 +1,11 @@
-"""What Ray costs and what workers bring: the in-process loop, one worker, two workers.
+"""What Ray costs, what workers bring, and the strategies beside one another.
 
-All three compute the same shards of the same steps with the same classes that train. They
-are measured in turn, so that a machine whose speed drifts favours none of them, and each
-ratio is the median of the ratios within a turn. Two processes that loop each by itself,
-without Ray and without waiting for one another, show what two cores of the machine give
-at most: two cores that share a memory bus, a cache or a host do not give twice of one.
+The in-process loop, one worker, and two workers under each strategy compute the same shards
+of the same steps with the same classes that train. They are measured in turn, so that a
+machine whose speed drifts favours none of them, and each ratio is the median of the ratios
+within a turn. Two processes that loop each by itself, without Ray and without waiting for
+one another, show what two cores of the machine give at most: two cores that share a memory
+bus, a cache or a host do not give twice of one.
 """
 
 import multiprocessing
@@ -20,16 +21,26 @@ from metadist.bench.record import Row
 from metadist.config import Config, resolve
 from metadist.data.sources import prepare
 from metadist.data.table import open_table
+from metadist.run import start
 from metadist.runtime.cluster import connect, disconnect
 from metadist.runtime.in_process import InProcess
-from metadist.runtime.on_ray import OnRay
 from metadist.runtime.runtime import Runtime
 
-TURNS = 9
+TURNS = 7
 SECONDS = 5.0
 """About how long one measurement takes."""
 
-PAIR = "two processes without Ray"
+IN_PROCESS, PAIR = "in process", "two processes without Ray"
+
+ON_RAY: dict[str, dict[str, Any]] = {
+    "one worker": {"workers": 1},
+    "two workers": {"workers": 2},
+    "two workers, sums: tree": {"workers": 2, "sums": "tree"},
+    "two workers, aggregators: 2": {"workers": 2, "aggregators": 2},
+    "two workers, allreduce": {"workers": 2, "strategy": "allreduce"},
+    "two workers, async": {"workers": 2, "strategy": "async"},
+}
+"""What is measured on Ray, and its keys of `cluster`. Those with a comma are compared with two workers."""
 
 JOB = {
     "task": {"ways": 5, "shots": 1, "queries": 1, "meta_batch": 32, "shard": 8},
@@ -41,30 +52,31 @@ JOB = {
 
 
 def run(say: Callable[[str], None]) -> list[Row]:
-    """The suite; some four minutes on two cores."""
+    """The suite; some six minutes on two cores."""
     config = resolve(Config.model_validate(JOB))
-    say("starting one cluster for one and for two workers")
     with ExitStack() as open_now:
         table = prepare(config.data.sources[0], say)
-        connect(config.cluster.model_copy(update={"workers": 3}))
+        alone: Runtime = InProcess(config, [table], None)
+        done = {IN_PROCESS: 0, **dict.fromkeys(ON_RAY, 0)}
+        _seconds(alone, done, IN_PROCESS, 5)  # warm
+        count = max(5, round(5 * SECONDS / _seconds(alone, done, IN_PROCESS, 5)))
+        say(f"starting one cluster for {len(ON_RAY)} runs; measurements of {count} steps")
+        connect(config.cluster.model_copy(update={"workers": sum(keys["workers"] for keys in ON_RAY.values())}))
         open_now.callback(disconnect)
-        contenders: dict[str, Runtime] = {"in process": InProcess(config, [table], None)}
-        for name, workers in (("one worker", 1), ("two workers", 2)):
-            on_ray = config.with_values(cluster={"workers": workers, "address": "auto"})
-            contenders[name] = OnRay(on_ray, [table], None, say)
+        contenders = {IN_PROCESS: alone}
+        for name, keys in ON_RAY.items():
+            # A group of ranks stops at checkpoints only: one behind every measurement.
+            on_ray = config.with_values(cluster=keys | {"address": "auto"}, checkpoint={"every": count + 1})
+            contenders[name] = start(on_ray, [table], None, say)
             open_now.callback(contenders[name].close)
+            _seconds(contenders[name], done, name, count)  # warm
         pair = _Pair(config, str(table.path))
         open_now.callback(pair.close)
-        done = dict.fromkeys(contenders, 0)
-        seconds = _steps(contenders["in process"], done, "in process", 5) / 5
-        count = max(5, round(SECONDS / seconds))
-        for name, runtime in contenders.items():  # warm
-            _steps(runtime, done, name, 5)
         pair.seconds(5)
         rates: dict[str, list[float]] = {name: [] for name in (*contenders, PAIR)}
         for turn in range(TURNS):
             for name, runtime in contenders.items():
-                spent = _steps(runtime, done, name, count)
+                spent = _seconds(runtime, done, name, count)
                 rates[name].append(count * config.task.meta_batch / spent)
             rates[PAIR].append(2 * count * config.task.meta_batch / pair.seconds(count))
             told = ", ".join(f"{name} {values[-1]:.0f}" for name, values in rates.items())
@@ -102,38 +114,48 @@ def _loop(pipe: Connection, config: Config, path: str) -> None:
     runtime: Any = InProcess(config, [open_table(Path(path))], None)
     done = {"": 0}
     while count := pipe.recv():
-        pipe.send(_steps(runtime, done, "", count))
+        pipe.send(_seconds(runtime, done, "", count))
 
 
-def _steps(runtime: Runtime, done: dict[str, int], name: str, count: int) -> float:
-    """Seconds for the next `count` meta-steps, in the training loop's order: begin, report, finish, apply."""
+def _seconds(runtime: Runtime, done: dict[str, int], name: str, count: int) -> float:
+    """Seconds for `count` meta-steps, in the training loop's order: begin, report, finish, apply.
+
+    From one outer step to another: a first one is not measured, because the group of allreduce and the workers of
+    async do not wait for their driver, and would bring what they computed before the clock ran.
+    """
     first, report = done[name], None
-    began = time.perf_counter()
-    for step in range(first, first + count):
+    began = 0.0
+    for step in range(first, first + count + 1):
         runtime.begin(step)
         if report is not None:
             report()
         runtime.finish(step)
         report = runtime.apply(step)
+        if step == first:
+            began = time.perf_counter()
+    spent = time.perf_counter() - began
     assert report is not None
     report()
-    done[name] += count
-    return time.perf_counter() - began
+    done[name] += count + 1
+    return spent
 
 
 def _rows(rates: dict[str, list[float]], meta_batch: int) -> list[Row]:
-    def ratio(name: str, baseline: str) -> float:
-        return statistics.median(a / b for a, b in zip(rates[name], rates[baseline], strict=True))
+    repeats = len(rates[IN_PROCESS])
 
-    plain, one, two, pair = (statistics.median(values) for values in rates.values())
-    repeats = len(rates["in process"])
+    def row(name: str, baseline: str | None) -> Row:
+        pairs = zip(rates[name], rates[baseline], strict=True) if baseline else ()
+        ratio = statistics.median(a / b for a, b in pairs) if baseline else None
+        return Row(name, statistics.median(rates[name]), "tasks/s", baseline, ratio, repeats)
+
     overhead = statistics.median(
-        1000 * meta_batch * (1 / b - 1 / a) for a, b in zip(rates["in process"], rates["one worker"], strict=True)
+        1000 * meta_batch * (1 / b - 1 / a) for a, b in zip(rates[IN_PROCESS], rates["one worker"], strict=True)
     )
     return [
-        Row("in process", plain, "tasks/s", None, None, repeats),
-        Row("one worker", one, "tasks/s", "in process", ratio("one worker", "in process"), repeats),
-        Row("two workers", two, "tasks/s", "one worker", ratio("two workers", "one worker"), repeats),
-        Row(PAIR, pair, "tasks/s", "in process", ratio(PAIR, "in process"), repeats),
+        row(IN_PROCESS, None),
+        row("one worker", IN_PROCESS),
+        row("two workers", "one worker"),
+        *(row(name, "two workers") for name in ON_RAY if "," in name),
+        row(PAIR, IN_PROCESS),
         Row("Ray's share of a step, one worker", overhead, "ms", None, None, repeats),
     ]
