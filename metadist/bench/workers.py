@@ -1,11 +1,13 @@
 """What Ray costs, what workers bring, and the strategies beside one another.
 
-The in-process loop, one worker, and two workers under each strategy compute the same shards
-of the same steps with the same classes that train. They are measured in turn, so that a
-machine whose speed drifts favours none of them, and each ratio is the median of the ratios
-within a turn. Two processes that loop each by itself, without Ray and without waiting for
-one another, show what two cores of the machine give at most: two cores that share a memory
-bus, a cache or a host do not give twice of one.
+All of them compute the same shards of the same steps with the same classes that train. They
+are measured in turn, so that a machine whose speed drifts favours none of them, and each
+ratio is the median of the ratios within a turn. Two processes that loop each by itself,
+without Ray and without waiting for one another, show what two cores of the machine give
+at most: two cores that share a memory bus, a cache or a host do not give twice of one.
+
+An idle process of Ray's takes some 0.6 % of a core. The strategies, whose processes are many,
+come up when the rest is measured, and are compared with one of themselves.
 """
 
 import multiprocessing
@@ -24,7 +26,7 @@ from metadist.data.table import open_table
 from metadist.run import start
 from metadist.runtime.cluster import connect, disconnect
 from metadist.runtime.in_process import InProcess
-from metadist.runtime.runtime import Runtime
+from metadist.runtime.runtime import Later, Runtime
 
 TURNS = 7
 SECONDS = 5.0
@@ -32,15 +34,17 @@ SECONDS = 5.0
 
 IN_PROCESS, PAIR = "in process", "two processes without Ray"
 
-ON_RAY: dict[str, dict[str, Any]] = {
-    "one worker": {"workers": 1},
-    "two workers": {"workers": 2},
-    "two workers, sums: tree": {"workers": 2, "sums": "tree"},
-    "two workers, aggregators: 2": {"workers": 2, "aggregators": 2},
-    "two workers, allreduce": {"workers": 2, "strategy": "allreduce"},
-    "two workers, async": {"workers": 2, "strategy": "async"},
+WORKERS: dict[str, dict[str, Any]] = {"one worker": {"workers": 1}, "two workers": {"workers": 2}}
+"""Their keys of `cluster`."""
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "aggregator": {"workers": 2},
+    "aggregator, sums: tree": {"workers": 2, "sums": "tree"},
+    "aggregator, aggregators: 2": {"workers": 2, "aggregators": 2},
+    "allreduce": {"workers": 2, "strategy": "allreduce"},
+    "async": {"workers": 2, "strategy": "async"},
 }
-"""What is measured on Ray, and its keys of `cluster`. Those with a comma are compared with two workers."""
+"""The same; what they are compared with comes first."""
 
 JOB = {
     "task": {"ways": 5, "shots": 1, "queries": 1, "meta_batch": 32, "shard": 8},
@@ -56,36 +60,81 @@ def run(say: Callable[[str], None]) -> list[Row]:
     config = resolve(Config.model_validate(JOB))
     with ExitStack() as open_now:
         table = prepare(config.data.sources[0], say)
-        alone: Runtime = InProcess(config, [table], None)
-        done = {IN_PROCESS: 0, **dict.fromkeys(ON_RAY, 0)}
-        _seconds(alone, done, IN_PROCESS, 5)  # warm
-        count = max(5, round(5 * SECONDS / _seconds(alone, done, IN_PROCESS, 5)))
-        say(f"starting one cluster for {len(ON_RAY)} runs; measurements of {count} steps")
-        connect(config.cluster.model_copy(update={"workers": sum(keys["workers"] for keys in ON_RAY.values())}))
+        alone = _Loop(InProcess(config, [table], None))
+        alone.seconds(5)  # warm
+        count = max(5, round(5 * SECONDS / alone.seconds(5)))
+        say(f"measurements of {count} steps; starting one cluster for all")
+        connect(config.cluster.model_copy(update={"workers": 2 * len(STRATEGIES)}))
         open_now.callback(disconnect)
-        contenders = {IN_PROCESS: alone}
-        for name, keys in ON_RAY.items():
+
+        def started(keys: dict[str, Any], until: ExitStack) -> _Loop:
             # A group of ranks stops at checkpoints only: one behind every measurement.
             on_ray = config.with_values(cluster=keys | {"address": "auto"}, checkpoint={"every": count + 1})
-            contenders[name] = start(on_ray, [table], None, say)
-            open_now.callback(contenders[name].close)
-            _seconds(contenders[name], done, name, count)  # warm
-        pair = _Pair(config, str(table.path))
-        open_now.callback(pair.close)
-        pair.seconds(5)
-        rates: dict[str, list[float]] = {name: [] for name in (*contenders, PAIR)}
-        for turn in range(TURNS):
-            for name, runtime in contenders.items():
-                spent = _seconds(runtime, done, name, count)
-                rates[name].append(count * config.task.meta_batch / spent)
-            rates[PAIR].append(2 * count * config.task.meta_batch / pair.seconds(count))
-            told = ", ".join(f"{name} {values[-1]:.0f}" for name, values in rates.items())
-            say(f"turn {turn + 1}/{TURNS}: {told} tasks/s")
-    return _rows(rates, config.task.meta_batch)
+            runtime = start(on_ray, [table], None, say)
+            until.callback(runtime.close)
+            return _Loop(runtime)
+
+        with ExitStack() as until:
+            pair = _Pair(config, str(table.path))
+            until.callback(pair.close)
+            workers = {name: started(keys, until) for name, keys in WORKERS.items()}
+            first = _rates({IN_PROCESS: alone, **workers, PAIR: pair}, count, config.task.meta_batch, say)
+        with ExitStack() as until:
+            strategies = {name: started(keys, until) for name, keys in STRATEGIES.items()}
+            second = _rates(strategies, count, config.task.meta_batch, say)
+    return _rows(first, second, config.task.meta_batch)
+
+
+def _rates(
+    contenders: "dict[str, _Loop | _Pair]", count: int, meta_batch: int, say: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """Tasks per second of each, a figure for every turn."""
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for contender in contenders.values():  # warm
+        contender.seconds(count)
+    for turn in range(TURNS):
+        for name, contender in contenders.items():
+            rates[name].append(contender.loops * count * meta_batch / contender.seconds(count))
+        told = ", ".join(f"{name} {values[-1]:.0f}" for name, values in rates.items())
+        say(f"turn {turn + 1}/{TURNS}: {told} tasks/s")
+    return rates
+
+
+class _Loop:
+    """A runtime, and how far it is."""
+
+    loops = 1
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime, self.done = runtime, 0
+
+    def seconds(self, count: int) -> float:
+        """Time for `count` meta-steps, in the training loop's order: begin, report, finish, apply.
+
+        From one outer step to another: a first one is not measured, because the group of allreduce and the workers
+        of async do not wait for their driver, and would bring what they computed before the clock ran.
+        """
+        report: Later | None = None
+        began = 0.0
+        for step in range(self.done, self.done + count + 1):
+            self.runtime.begin(step)
+            if report is not None:
+                report()
+            self.runtime.finish(step)
+            report = self.runtime.apply(step)
+            if step == self.done:
+                began = time.perf_counter()
+        spent = time.perf_counter() - began
+        assert report is not None
+        report()
+        self.done += count + 1
+        return spent
 
 
 class _Pair:
     """Two processes, each with an in-process loop of its own."""
+
+    loops = 2
 
     def __init__(self, config: Config, path: str) -> None:
         context = multiprocessing.get_context("spawn")
@@ -111,51 +160,27 @@ class _Pair:
 
 def _loop(pipe: Connection, config: Config, path: str) -> None:
     """One of the two: steps when told how many, until told none."""
-    runtime: Any = InProcess(config, [open_table(Path(path))], None)
-    done = {"": 0}
+    loop = _Loop(InProcess(config, [open_table(Path(path))], None))
     while count := pipe.recv():
-        pipe.send(_seconds(runtime, done, "", count))
+        pipe.send(loop.seconds(count))
 
 
-def _seconds(runtime: Runtime, done: dict[str, int], name: str, count: int) -> float:
-    """Seconds for `count` meta-steps, in the training loop's order: begin, report, finish, apply.
-
-    From one outer step to another: a first one is not measured, because the group of allreduce and the workers of
-    async do not wait for their driver, and would bring what they computed before the clock ran.
-    """
-    first, report = done[name], None
-    began = 0.0
-    for step in range(first, first + count + 1):
-        runtime.begin(step)
-        if report is not None:
-            report()
-        runtime.finish(step)
-        report = runtime.apply(step)
-        if step == first:
-            began = time.perf_counter()
-    spent = time.perf_counter() - began
-    assert report is not None
-    report()
-    done[name] += count + 1
-    return spent
-
-
-def _rows(rates: dict[str, list[float]], meta_batch: int) -> list[Row]:
-    repeats = len(rates[IN_PROCESS])
-
-    def row(name: str, baseline: str | None) -> Row:
+def _rows(workers: dict[str, list[float]], strategies: dict[str, list[float]], meta_batch: int) -> list[Row]:
+    def row(rates: dict[str, list[float]], name: str, baseline: str | None) -> Row:
         pairs = zip(rates[name], rates[baseline], strict=True) if baseline else ()
         ratio = statistics.median(a / b for a, b in pairs) if baseline else None
-        return Row(name, statistics.median(rates[name]), "tasks/s", baseline, ratio, repeats)
+        return Row(name, statistics.median(rates[name]), "tasks/s", baseline, ratio, len(rates[name]))
 
     overhead = statistics.median(
-        1000 * meta_batch * (1 / b - 1 / a) for a, b in zip(rates[IN_PROCESS], rates["one worker"], strict=True)
+        1000 * meta_batch * (1 / b - 1 / a) for a, b in zip(workers[IN_PROCESS], workers["one worker"], strict=True)
     )
+    first, *others = strategies
     return [
-        row(IN_PROCESS, None),
-        row("one worker", IN_PROCESS),
-        row("two workers", "one worker"),
-        *(row(name, "two workers") for name in ON_RAY if "," in name),
-        row(PAIR, IN_PROCESS),
-        Row("Ray's share of a step, one worker", overhead, "ms", None, None, repeats),
+        row(workers, IN_PROCESS, None),
+        row(workers, "one worker", IN_PROCESS),
+        row(workers, "two workers", "one worker"),
+        row(workers, PAIR, IN_PROCESS),
+        row(strategies, first, None),
+        *(row(strategies, name, first) for name in others),
+        Row("Ray's share of a step, one worker", overhead, "ms", None, None, len(workers[IN_PROCESS])),
     ]
