@@ -1,4 +1,4 @@
-"""Strategies on hosts of a lab: one that joins, one that is cut off."""
+"""Strategies on hosts of a lab: one that joins, is killed or cut off; aggregators that are killed, and then outlive."""
 
 import json
 import signal
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from injuries import longest_gap
+from injuries import kill, longest_gap
 from places import Driver, InLab, lab_of
 
 from metadist.config import Config, to_yaml
@@ -140,6 +140,24 @@ def test_a_host_that_joins_takes_part(lab: lab_of.Lab, run_of: Callable[..., Run
     assert sum(shards.values()) == STEPS * 4
 
 
+def test_allreduce_over_two_hosts_one_of_which_is_killed(
+    three_hosts: InLab, run_of: Callable[..., Run], calm_hash: str, measured: Any
+) -> None:
+    """The ranks of the first checkpoint are on two hosts; those that go on from it again."""
+    run = run_of(three_hosts, "cluster.strategy=allreduce", "cluster.placement=spread")
+    run.another_checkpoint()
+    victim, killed = on_two_hosts(three_hosts, "ray::RayTrainWorker"), time.time()
+    lab_of.kill(three_hosts.lab, victim)
+    run.another_checkpoint()
+    assert on_two_hosts(three_hosts, "ray::RayTrainWorker") != victim
+    result = run.result()
+    assert "was lost" in run.said
+    assert result["theta_sha256"] == calm_hash
+    assert result["reproducible"] is True
+    assert 0 < result["steps_recomputed"] <= 50
+    measured("host of an allreduce rank killed", longest_gap(run.folder, killed), "a new group starts")
+
+
 def test_async_over_two_hosts_one_of_which_is_cut_off(
     three_hosts: InLab, run_of: Callable[..., Run], measured: Any, cli: Any
 ) -> None:
@@ -160,3 +178,45 @@ def test_async_over_two_hosts_one_of_which_is_cut_off(
     ended = cli("replay", run.folder)
     assert ended.code == 0, ended
     assert f"θ {result['theta_sha256'][:16]}, the run's bits" in ended.out
+
+
+def test_an_aggregator_and_then_the_driver_killed(
+    three_hosts: InLab, run_of: Callable[..., Run], calm_hash: str, wait_until: Any, measured: Any
+) -> None:
+    """One of two aggregators is replaced with the other one; they outlive the driver, go on with the next one, and
+    end when nobody comes; what is left is a checkpoint."""
+    aggregators = lambda: three_hosts.find(run.drivers[-1], "ray::Aggregator")  # noqa: E731
+    run = run_of(three_hosts, "cluster.aggregators=2", "cluster.linger=100")
+    run.another_checkpoint()
+    first, killed = aggregators(), time.time()
+    assert len(first) == 2
+    kill(first[0])
+    run.wait(lambda: "the aggregator was lost" in run.said, "the word of the loss")
+    run.another_checkpoint()
+    second = aggregators()
+    assert len(second) == 2
+    assert not set(first) & set(second)
+
+    run.drivers[-1].signal(signal.SIGKILL)
+    assert run.drivers[-1].process.wait(20) != 0
+    died = time.time()
+    run.start("cluster.linger=3")
+    run.wait(lambda: "the aggregator outlived its driver; going on from step" in run.said, "the next driver")
+    assert aggregators() == second
+    run.another_checkpoint()
+
+    run.drivers[-1].signal(signal.SIGKILL)
+    assert run.drivers[-1].process.wait(20) != 0
+    alone = time.time()
+    assert aggregators() == second
+    wait_until(lambda: not aggregators(), 30, "the end of the aggregators that nobody asks for")
+    lingered = time.time() - alone
+    assert lingered < 3 + 5
+
+    run.start()
+    result = run.result()
+    assert "outlived" not in run.said
+    assert result["theta_sha256"] == calm_hash
+    assert 0 < result["steps_recomputed"] <= 2 * 50, "the outlived driver cost none"
+    measured("one aggregator of two killed, on hosts", longest_gap(run.folder, killed, died))
+    print(f"the aggregators ended {lingered:.1f} s after their driver, with cluster.linger=3")
