@@ -13,7 +13,7 @@ come up when the rest is measured, and are compared with one of themselves.
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -86,7 +86,7 @@ def run(say: Callable[[str], None]) -> list[Row]:
 
 
 def _rates(
-    contenders: "dict[str, _Loop | _Pair]", count: int, meta_batch: int, say: Callable[[str], None]
+    contenders: "Mapping[str, _Loop | _Pair]", count: int, meta_batch: int, say: Callable[[str], None]
 ) -> dict[str, list[float]]:
     """Tasks per second of each, a figure for every turn."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
