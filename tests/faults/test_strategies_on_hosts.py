@@ -197,6 +197,7 @@ def test_an_aggregator_and_then_the_driver_killed(
     assert len(second) == 2
     assert not set(first) & set(second)
 
+    time.sleep(0.7)  # some steps beyond the checkpoint: at it there would be nothing to outlive for
     run.drivers[-1].signal(signal.SIGKILL)
     assert run.drivers[-1].process.wait(20) != 0
     died = time.time()
