@@ -196,7 +196,9 @@ class AllReduce:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
+
+        from metadist.runtime.group_network import GroupConfig
 
         world = min(cluster.most, max(cluster.least, room(self.ray, cluster)))
         mailbox = self.ray.remote(Mailbox).options(num_cpus=0, max_restarts=0).remote(world)
@@ -212,7 +214,7 @@ class AllReduce:
                 placement_strategy=PLACEMENTS[cluster.placement],
             ),
             # Two ranks of NCCL cannot share a GPU.
-            torch_config=TorchConfig(backend="nccl" if gpus >= 1 else "gloo", timeout_s=SILENCE),
+            torch_config=GroupConfig(backend="nccl" if gpus >= 1 else "gloo", timeout_s=SILENCE),
             run_config=RunConfig(
                 name="group",
                 storage_path=self._folder,
@@ -403,5 +405,6 @@ def _is_gone(cause: BaseException) -> bool:
 
 
 def _cause(error: BaseException) -> str:
-    """What a rank died of; Ray Train's health check wraps it."""
-    return first_line(getattr(error, "health_check_failure", error))
+    """What a rank died of; Ray Train's health check wraps it, and Ray what was raised in another process."""
+    error = getattr(error, "health_check_failure", error)
+    return first_line(getattr(error, "cause", None) or error)

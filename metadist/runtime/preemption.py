@@ -1,13 +1,18 @@
 """SIGTERM: a machine that is taken away leaves some seconds. A run keeps its state in them and ends.
 
-The signal itself only leaves a mark. A runtime looks at it where it waits for a training step,
+The signal itself only leaves a mark, and starts the clock. A runtime looks at it where it waits for a training step,
 nowhere else: a validation that was broken off would be missing behind the step that is kept, and
 with it perhaps the best state. One that takes longer than the grace period is given up with the
 steps since the last checkpoint.
+
+Python runs its handlers in the main thread, between two of its instructions: not while that thread computes or waits
+in other code, nor, where the signal comes just before a sleep begins, until the sleep is over. So a thread reads the
+byte that Python leaves on a socket when the signal comes, and keeps the clock.
 """
 
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,7 +20,7 @@ from contextlib import contextmanager
 
 from metadist.errors import MetadistError
 
-_noticed = threading.Event()
+_noticed = False
 
 
 class Preempted(MetadistError):
@@ -26,7 +31,7 @@ class Preempted(MetadistError):
 
 def asked() -> bool:
     """Whether SIGTERM has come."""
-    return _noticed.is_set()
+    return _noticed
 
 
 def check() -> None:
@@ -44,21 +49,43 @@ def noticed(grace: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    timer = threading.Timer(grace, _end, (grace,))
-    timer.daemon = True
-
-    def notice(*_: object) -> None:
-        if not _noticed.is_set():
-            _noticed.set()
-            timer.start()
-
-    before = signal.signal(signal.SIGTERM, notice)
+    reads, written = socket.socketpair()
+    written.setblocking(False)
+    over = threading.Event()
+    clock = threading.Thread(target=_keep_time, args=(reads, over, grace), name="preemption", daemon=True)
+    clock.start()
+    handler = signal.signal(signal.SIGTERM, _notice)
+    wakes = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-        timer.cancel()
-        _noticed.clear()
+        signal.set_wakeup_fd(wakes)
+        signal.signal(signal.SIGTERM, handler)
+        over.set()
+        written.close()
+        clock.join()
+        reads.close()
+        _forget()
+
+
+def _keep_time(signals: socket.socket, over: threading.Event, grace: float) -> None:
+    """End the process `grace` seconds after SIGTERM, unless it is over before."""
+    while told := signals.recv(64):  # a byte for every signal; nothing when the other end is closed
+        if signal.SIGTERM in told:
+            _notice()
+            if not over.wait(grace):
+                _end(grace)
+            return
+
+
+def _notice(*_: object) -> None:
+    global _noticed
+    _noticed = True
+
+
+def _forget() -> None:
+    global _noticed
+    _noticed = False
 
 
 def _end(grace: float) -> None:

@@ -1,5 +1,6 @@
 """Real signals to workers and aggregator, at chosen steps: the bits stay, and the stalls are told."""
 
+import contextlib
 import os
 import signal
 import statistics
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from injuries import kill, living_workers, longest_gap
+from injuries import kill, living_workers, longest_gap, slowed
 
 from metadist.config import Config
 from metadist.run import train
@@ -18,11 +19,22 @@ from metadist.runtime.journal import read_metrics
 pytestmark = pytest.mark.cluster
 
 Make = Callable[..., Config]
+SLOW = (
+    "task.meta_batch=16", "algorithm.inner_steps=8", "outer.steps=40", "checkpoint.every=20", "eval.every=0",
+    "eval.test=false",
+)  # fmt: skip
+"""Eight shards a step, four for each of two workers."""
 
 
 @pytest.fixture
 def two_workers(cluster: Any) -> tuple[str, str]:
     return ("cluster.workers=2", f"cluster.address={cluster.address}")
+
+
+@pytest.fixture(scope="module")
+def slow_hash(tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """θ of the slow run that nobody disturbed."""
+    return train(tiny(*SLOW), "slow", tmp_path_factory.mktemp("slow") / "run").result["theta_sha256"]
 
 
 def test_one_worker_killed_then_all_of_them(
@@ -65,14 +77,9 @@ def test_one_worker_killed_then_all_of_them(
 
 
 def test_a_frozen_worker_is_worked_around_and_its_late_results_are_dropped(
-    tiny: Make, two_workers: tuple[str, str], before_step: Any, measured: Any, tmp_path: Path
+    tiny: Make, slow_hash: str, two_workers: tuple[str, str], before_step: Any, measured: Any, tmp_path: Path
 ) -> None:
     """SIGSTOP with four shards each, SIGCONT twelve steps later."""
-    slow = (
-        "task.meta_batch=16", "algorithm.inner_steps=8", "outer.steps=40", "checkpoint.every=20", "eval.every=0",
-        "eval.test=false",
-    )  # fmt: skip
-    calm = train(tiny(*slow), "slow", tmp_path / "calm").result["theta_sha256"]
     frozen: list[int] = []
 
     def freeze(runtime: Any) -> None:
@@ -84,8 +91,8 @@ def test_a_frozen_worker_is_worked_around_and_its_late_results_are_dropped(
 
     before_step({16: freeze, 28: thaw})
     run = tmp_path / "run"
-    result = train(tiny(*slow, *two_workers), "slow", run).result
-    assert result["theta_sha256"] == calm
+    result = train(tiny(*SLOW, *two_workers), "slow", run).result
+    assert result["theta_sha256"] == slow_hash
     assert result["duplicates_dropped"] > 0, "what it computed after it was thawed came too late"
     assert sum(result["shards_by_worker"].values()) == 40 * 8
     seconds = [row["seconds"] for row in read_metrics(run / "metrics.parquet")]
@@ -93,6 +100,39 @@ def test_a_frozen_worker_is_worked_around_and_its_late_results_are_dropped(
     ratio = frozen_step / alone
     measured("SIGSTOP of one worker of two", frozen_step, f"{ratio:.2f} × a step of the other one alone")
     assert frozen_step < max(5.0, 5 * alone), "without copies it would last for ever"
+
+
+def test_a_worker_ten_times_slower_is_worked_around_and_its_late_results_are_dropped(
+    tiny: Make, slow_hash: str, two_workers: tuple[str, str], before_step: Any, measured: Any, tmp_path: Path
+) -> None:
+    """For fourteen steps it runs for a tenth of the time; for ten more not at all, for what the other needs alone."""
+    run = tmp_path / "run"
+    with contextlib.ExitStack() as slowing:
+        pids: list[int] = []
+
+        def slow_down(runtime: Any) -> None:
+            pids.append(living_workers(runtime)[0])
+            slowing.enter_context(slowed(pids[0], 0.1))
+
+        def freeze(runtime: Any) -> None:
+            slowing.close()
+            os.kill(pids[0], signal.SIGSTOP)
+
+        before_step({10: slow_down, 24: freeze, 34: lambda runtime: os.kill(pids[0], signal.SIGCONT)})
+        try:
+            result = train(tiny(*SLOW, *two_workers), "slow", run).result
+        finally:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+    assert result["theta_sha256"] == slow_hash
+    assert result["duplicates_dropped"] > 0, "what others had computed meanwhile came too late"
+    assert sum(result["shards_by_worker"].values()) == 40 * 8
+    seconds = [row["seconds"] for row in read_metrics(run / "metrics.parquet")]
+    alone, slow, longest = statistics.median(seconds[27:34]), statistics.median(seconds[11:24]), max(seconds[11:24])
+    told = f"{slow / alone:.2f} × a step of the other one alone at the median, {longest / alone:.2f} × at most"
+    measured("one worker of two 10 × slower", longest, told)
+    assert slow < 5 * alone, "without copies it would be ten times that of both"
 
 
 def test_the_aggregator_killed_before_during_and_after_an_outer_step(

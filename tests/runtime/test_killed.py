@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,16 +177,43 @@ def test_a_preempted_driver_with_workers(
     assert_metrics_are_complete(run, 150)
 
 
-def test_a_process_that_cannot_keep_its_state_ends_all_the_same(tmp_path: Path) -> None:
-    """After the grace period, with what it is doing undone."""
+@pytest.mark.parametrize(
+    "busy",
+    [
+        pytest.param("while True: time.sleep(60)", id="waiting"),
+        pytest.param("hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)", id="in-code-that-no-handler-interrupts"),
+    ],
+)
+def test_a_process_that_cannot_keep_its_state_ends_all_the_same(busy: str) -> None:
+    """After the grace period, with what it is doing undone, whatever that is."""
     told = (
-        "import time\nfrom metadist.runtime.preemption import noticed\n"
-        "with noticed(0.5):\n    print('ready', flush=True)\n    while True: time.sleep(60)\n"
+        "import hashlib, time\nfrom metadist.runtime.preemption import noticed\n"
+        f"with noticed(0.5):\n    print('ready', flush=True)\n    {busy}\n"
     )
     process = subprocess.Popen([sys.executable, "-c", told], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=30)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 143
     assert "no checkpoint within the 0.5 s after SIGTERM" in said
+
+
+def test_the_clock_of_the_grace_period_stops_with_its_block() -> None:
+    """A run that kept its state in time is not ended behind it; the next one has a clock of its own."""
+    from metadist.runtime.preemption import Preempted, asked, check, noticed
+
+    before = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
+    for _ in range(2):
+        with noticed(0.2):
+            assert not asked()
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(Preempted):
+                check()
+        assert not asked()
+    time.sleep(0.3)
+    assert (signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)) == before
+    assert "preemption" not in [thread.name for thread in threading.enumerate()]
