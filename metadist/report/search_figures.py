@@ -369,7 +369,7 @@ class _Colours:
         low, high = (0.0, 0.93) if measure.higher_is_better else (0.07, 1.0)  # the brightest yellow is lost on white
         ramp = LinearSegmentedColormap.from_list("scores", mpl.colormaps[name](np.linspace(low, high, 256)))
         self.unit = unit
-        self.scale = ScalarMappable(Normalize(unit * min(scores), unit * max(scores)), ramp)
+        self.scale: Any = ScalarMappable(Normalize(unit * min(scores), unit * max(scores)), ramp)
 
     def __call__(self, score: float) -> Any:
         return self.scale.cmap(self.scale.norm(self.unit * score))

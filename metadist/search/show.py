@@ -25,10 +25,9 @@ def trials_of(events: Sequence[Event]) -> list[Trial]:
             case "retry":
                 trials[event["id"]].attempt = event["attempt"]
             case "report":
-                values = {name: float(value) for name, value in event["values"].items()}  # nan is a word in a ledger
-                trials[event["id"]].reports.append(
-                    Report(**{k: (event | {"values": values})[k] for k in Report._fields})
-                )
+                values = {name: float(value) for name, value in event["values"].items()}  # nan is a word there
+                told = event | {"values": values}
+                trials[event["id"]].reports.append(Report(**{name: told[name] for name in Report._fields}))
             case "end":
                 trials[event["id"]].end = End(event["how"], event["step"], event["reason"], event["facts"])
     return list(trials.values())
