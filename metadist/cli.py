@@ -135,7 +135,10 @@ def _show(finished: object) -> None:
 
 @app.command()
 def search(
-    words: Overrides = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[JOB] [KEY=VALUE]... | show DIR", help="as of train; show: what a search has found"),
+    ] = None,
     run_dir: Annotated[Path | None, typer.Option(help="new search folder; searches/JOB-DATE-TIME without it")] = None,
     resume: Annotated[Path | None, typer.Option(help="search folder to go on with")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved job and run nothing")] = False,
@@ -143,9 +146,18 @@ def search(
     """Search keys of the config, each trial a whole meta-training, and write a search folder.
 
     Examples: `metadist search search-inner-loop`, `metadist search JOB search.trials=64 search.concurrent=8
-    cluster.address=auto --run-dir searches/a`, `metadist search --resume searches/a`.
+    cluster.address=auto --run-dir searches/a`, `metadist search --resume searches/a`, `metadist search show searches/a`.
     """
     with told_in_one_line():
+        if words and words[0] == "show":
+            from rich.console import Console
+
+            from metadist.search.show import show
+
+            if len(words) != 2 or run_dir is not None or resume is not None or dry_run:
+                raise ConfigError("one search folder at a time: `metadist search show DIR`")
+            show(Path(words[1]), Console())
+            return
         from metadist.search.job import load_search, to_yaml
         from metadist.search.run import fresh_name, refuse, size
         from metadist.search.run import resume as go_on

@@ -29,10 +29,16 @@ def random_point(job: SearchJob, index: int) -> Point:
         point = had({name: domain.at(u) for (name, domain), u in zip(space.items(), places, strict=True)})
         if job.allows(point):
             return point
-    raise ConfigError(
-        f"search.conditions: none of {ATTEMPTS:,} points drawn for trial {index:03d} is allowed; "
-        f"loosen them, or narrow search.space to what they and the config tree allow"
-    )
+    raise _nothing(job, index, point)
+
+
+def _nothing(job: SearchJob, index: int, last: Point) -> ConfigError:
+    told = f"none of {ATTEMPTS:,} points drawn for trial {index:03d}"
+    try:
+        job.config(last)
+    except ConfigError as error:
+        return ConfigError(f"search.space: {told} is a run; the last: {str(error).removeprefix('search.space: ')}")
+    return ConfigError(f"search.conditions: {told} is allowed; loosen them, or narrow search.space to what they allow")
 
 
 def grid(job: SearchJob) -> Iterator[Point]:

@@ -48,12 +48,11 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",
-    "TUNE_MAX_PENDING_TRIALS_PG": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_RESULT_BUFFER_LENGTH": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-"""Tune prints nothing, keeps nothing, and asks for a trial only when the one before has got its process."""
+"""Tune prints nothing and keeps nothing."""
 
 Show = Callable[[Sequence[Trial]], None]
 """Draws the trials as they are now."""
@@ -334,7 +333,7 @@ def _this_host() -> str:
 def _tune(calls: _Calls) -> None:
     storage = tempfile.mkdtemp(prefix="metadist-tune-")
     try:
-        with _surroundings():
+        with _surroundings(calls.job.search.concurrent):
             tune.Tuner(
                 TrialActor,
                 tune_config=tune.TuneConfig(
@@ -366,10 +365,11 @@ def _tune(calls: _Calls) -> None:
 
 
 @contextmanager
-def _surroundings() -> Iterator[None]:
-    """Tune is quiet."""
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
-    os.environ.update(ENVIRONMENT)
+def _surroundings(concurrent: int) -> Iterator[None]:
+    """Tune is quiet; processes of trials at once may start at once."""
+    wanted = {**ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(concurrent)}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -65,7 +65,7 @@ def _go_on(job: SearchJob, folder: Path, rewrite: bool = False) -> None:
             for name in ("trials", "logs"):
                 (folder / name).mkdir(exist_ok=True)
         director = Director(job, ledger)
-        with _interruptible(folder), _connected(job):
+        with _connected(job), _interruptible(folder):  # Ray takes SIGTERM for itself when it starts
             from metadist.search.on_tune import fit  # Ray reads its environment when it is imported
 
             table = Table(job)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from metadist.search.director import Director, Finished, Start, Wait
+from metadist.search.director import Director, Finished, Record, Start, Wait
 from metadist.search.job import SearchJob, checked
 from metadist.search.ledger import Event
 from metadist.search.state import Trial
@@ -65,7 +65,7 @@ def dies(trial: Trial, step: int) -> bool:
 
 
 def diverges(trial: Trial, step: int) -> bool:
-    return step == 3 and float(str(trial.values["algorithm.inner_lr"])) > 2
+    return step == (3 if trial.index % 2 else 1) and float(str(trial.values["algorithm.inner_lr"])) > 2
 
 
 Choose = Callable[[list[str]], str]
@@ -73,7 +73,7 @@ Choose = Callable[[list[str]], str]
 
 def search(
     job: SearchJob,
-    ledger: Kept,
+    ledger: Record,
     choose: Choose = min,
     until: Callable[[], bool] = lambda: False,
 ) -> Director:

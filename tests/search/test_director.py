@@ -11,6 +11,7 @@ from simulated_search import CONDITIONS, Kept, job, search
 from metadist.errors import ConfigError, StorageError
 from metadist.search.director import Director, Finished, Start, Wait
 from metadist.search.events import trials_of
+from metadist.search.ledger import Ledger
 
 SEARCHERS, SCHEDULERS = ("random", "grid", "optuna"), ("fifo", "asha", "median")
 
@@ -18,7 +19,7 @@ SEARCHERS, SCHEDULERS = ("random", "grid", "optuna"), ("fifo", "asha", "median")
 def of(searcher, scheduler, **more):
     """A search in which everything happens: trials end in every way."""
     conditions = [] if searcher == "grid" else CONDITIONS
-    return job(searcher=searcher, scheduler=scheduler, trials=9, conditions=conditions, **more)
+    return job(searcher=searcher, scheduler=scheduler, trials=7, conditions=conditions, **more)
 
 
 @pytest.mark.parametrize(("searcher", "scheduler"), itertools.product(SEARCHERS, SCHEDULERS))
@@ -26,18 +27,32 @@ def test_one_at_a_time_a_driver_killed_anywhere_decides_as_if_it_had_not_been(se
     task = of(searcher, scheduler, concurrent=1)
     whole = Kept()
     director = search(task, whole)
-    assert repr(trials_of(whole.events)) == repr(director.trials) and len(director.trials) == 9
+    assert repr(trials_of(whole.events)) == repr(director.trials) and len(director.trials) == 7
     for cut in range(len(whole.events) + 1):
         again = Kept(whole.events[:cut])
         search(task, again)
         assert again.events == whole.events, f"killed behind event {cut}"
 
 
+def test_on_a_disk_killed_within_any_line(tmp_path):
+    task, path = of("random", "asha", concurrent=1), tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    search(task, ledger)
+    ledger.close()
+    content = path.read_bytes()
+    for size in range(0, len(content), 151):
+        path.write_bytes(content[:size])
+        ledger = Ledger(path)
+        search(task, ledger)
+        ledger.close()
+        assert path.read_bytes() == content
+
+
 def test_several_aims_killed_anywhere():
     task = of("optuna", "fifo", concurrent=1, also=["adaptation_mflop"])
     whole = Kept()
     search(task, whole)
-    assert Counter(event["event"] for event in whole.events)["end"] == 9
+    assert Counter(event["event"] for event in whole.events)["end"] == 7
     for cut in range(0, len(whole.events), 5):
         again = Kept(whole.events[:cut])
         search(task, again)
@@ -76,7 +91,7 @@ def test_three_at_once_nothing_is_decided_twice_or_lost(searcher, scheduler, ord
     director = search(task, ledger, choose)
     assert ledger.events[: len(before)] == before
     assert repr(trials_of(ledger.events)) == repr(director.trials)  # NaN among them
-    assert [trial.index for trial in director.trials] == list(range(9))
+    assert [trial.index for trial in director.trials] == list(range(7))
     told = [(event["event"], event["id"], event.get("step"), event.get("attempt")) for event in ledger.events]
     reports = [(id, step) for event, id, step, _ in told if event == "report"]
     assert len(set(reports)) == len(reports)

@@ -85,6 +85,12 @@ def test_conditions_that_allow_nothing():
         random_point(task, 4)
 
 
+def test_a_space_of_which_no_point_is_a_run():
+    task = job(space={"task.shard": {"choice": [3, 5]}, "task.meta_batch": {"choice": [16, 32]}})
+    with pytest.raises(ConfigError, match=r"^search.space: none of .* trial 001 is a run; the last: task.shard: ."):
+        random_point(task, 1)
+
+
 def test_a_grid_has_every_combination_the_last_key_fastest():
     points = [tuple(point.values()) for point in grid(job(searcher="grid", baseline=False))]
     assert points == [(lr, steps) for lr in (0.05, 0.4, 3.0) for steps in (1, 3, 5)]

@@ -68,9 +68,13 @@ def assert_nothing_is_left(cluster: Any, folder: Path, find_processes: Any, wait
     assert not there
     for name in ("ray::TrialActor", "ray::Worker", "ray::Remote"):
         wait_until(lambda name=name: not find_processes(cluster.pid, name), 20, f"the end of {name}")
+
+    def free(path: Path) -> bool:
+        with lock(path, wait=False) as nobody:
+            return nobody
+
     for path in (folder / "trials").glob("*/.lock"):
-        with lock(path, wait=False) as free:
-            assert free, path
+        wait_until(lambda path=path: free(path), 20, f"the end of who trains in {path}")
 
 
 @pytest.mark.cluster

@@ -46,6 +46,8 @@ def test_folders(job_file: Path, tmp_path: Path, refused: Any) -> None:
     refused("search", "--resume", tmp_path, "--dry-run", say=("--resume",))
     refused("search", say=("no job is named",))
     refused("train", job_file, say=("metadist search",))
+    refused("search", "show", say=("metadist search show DIR",))
+    refused("search", "show", tmp_path, say=("is no search folder",))
 
 
 def test_dry_run(job_file: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
