@@ -19,9 +19,8 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
     """A row for every rate, a column for every number of steps; then the trained setting and the best cell."""
     measure = measure_of(found)
     unit = " in %" if measure is ACCURACY else ""
-    table = Table(
-        title=f"{measure.name}{unit}, {task(found)}", title_justify="left", title_style="bold", show_lines=False
-    )
+    console.print(f"{measure.name}{unit}, {task(found)}", style="bold", highlight=False)
+    table = Table()
     table.add_column("inner rate" if found["inner_lr"] else "", justify="right")
     for steps in found["inner_steps"]:
         table.add_column(f"{steps} step{'' if steps == 1 else 's'}", justify="right")
@@ -42,18 +41,15 @@ PLACE = ("inner_lr", "inner_steps")
 
 
 def notes(found: Mapping[str, Any]) -> list[str]:
-    """How sure the cells are, what the trained setting gets, and by how much the best cell is better."""
+    """What the trained setting gets, and by how much the best cell is better."""
     measure = measure_of(found)
-    spread = max((value for row in found["ci95"] for value in row if value is not None), default=None)
     lines = []
-    if spread is not None:
-        lines.append(f"± {shown(measure, spread)} at most, of the 95 % interval")
     for which in ("trained", "best"):
-        if found[which]:
+        if found[which] and found[which][measure.name] is not None:
             at = place(found[which])
             lines.append(f"{which}: {at}: {measure.interval(found[which][measure.name], found[which]['ci95'])}")
     best = found["best"]
-    if best and best["gain"] is not None:
+    if best and best["gain"] and best["gain_ci95"] is not None:
         gain = measure.interval(best["gain"], best["gain_ci95"])
         lines[-1] += f", {gain} better on the tasks that it was chosen on"
     if any(bad for row in found["diverged"] for bad in row):
@@ -63,8 +59,9 @@ def notes(found: Mapping[str, Any]) -> list[str]:
 
 def task(found: Mapping[str, Any]) -> str:
     """What the cells are judged on."""
-    kind = "regression" if found["measure"] == "mse" else f"{found['ways']}-way"
-    return f"{found['shots']}-shot {kind}, {found['episodes']:,} tasks of meta-{found['split']}"
+    shots = f"{found['shots']}-shot"
+    kind = f"{shots} regression" if found["measure"] == "mse" else f"{found['ways']}-way {shots}"
+    return f"{kind}, {found['episodes']:,} tasks of meta-{found['split']}"
 
 
 def place(cell: Mapping[str, Any]) -> str:
@@ -77,4 +74,4 @@ def shown(measure: Measure, value: float | None) -> str:
     """A cell's number."""
     if value is None:
         return "–"
-    return f"{100 * value:.1f}" if measure is ACCURACY else f"{value:.3g}"
+    return f"{100 * value:.1f}" if measure is ACCURACY else f"{value:.3g}" if value < 1e4 else f"{value:.0e}"
