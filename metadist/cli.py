@@ -188,21 +188,42 @@ def evaluate(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as eval.shots=5")
     ] = None,
     best: Annotated[bool, typer.Option("--best", help="the best state on validation instead of the last")] = False,
-    split: Annotated[str, typer.Option(help="test or val")] = "test",
+    split: Annotated[str | None, typer.Option(help="test or val; without it test, with --sweep val")] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUES", help="algorithm.inner_lr=0.1:5:log:8, algorithm.inner_steps=0,1,2,3"),
+    ] = None,
 ) -> None:
     """Meta-test a run's meta-parameters with other episodes than it was trained with.
 
-    Example: `metadist evaluate runs/a eval.episodes=1000 eval.shots=5`.
+    With --sweep, once for each key, under a grid of inner rates and steps in one pass; a heat map shows how much they
+    matter. Examples: `metadist evaluate runs/a eval.episodes=1000 eval.shots=5`,
+    `metadist evaluate runs/a --sweep algorithm.inner_lr=0.1:5:log:8 --sweep algorithm.inner_steps=0,1,2,3,5,10`.
     """
     with told_in_one_line():
+        if sweep:
+            _sweep(run_dir, overrides or [], sweep, best, split or "val")
+            return
         from rich.console import Console
 
         from metadist.evaluate import evaluate as run
         from metadist.tracking.summary import print_tests
 
-        found, path = run(run_dir, overrides or [], best=best, split=split)
+        found, path = run(run_dir, overrides or [], best=best, split=split or "test")
         print_tests(Console(), found)
         print(f"written to {path}")
+
+
+def _sweep(run_dir: Path, overrides: list[str], words: list[str], best: bool, split: str) -> None:
+    from rich.console import Console
+
+    from metadist.evaluate import sweep as run
+    from metadist.report.sweep_figure import save
+    from metadist.report.sweep_table import show
+
+    found, path = run(run_dir, overrides, words, best=best, split=split)
+    show(Console(), found)
+    print(f"written to {path} and {save(found, path.with_suffix('.png'))}")
 
 
 @app.command()
@@ -385,7 +406,7 @@ def data_show(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(help="workers")],
+    suite: Annotated[str, typer.Argument(help="workers or search")],
     out: Annotated[Path | None, typer.Option(help="folder for bench.json, bench.parquet and bench.png")] = None,
 ) -> None:
     """Measure speed: a table, and with --out its figures as files."""

@@ -1,6 +1,7 @@
 """A meta-test of a finished run under other conditions than its own."""
 
 import json
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -10,17 +11,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from metadist.config import Config, apply_overrides, flatten, load, resolve, validate
+from metadist.config import Config, apply_overrides, flatten, load, parse_override, resolve, validate
 from metadist.data.table import Table
 from metadist.durable import storage_errors, write
 from metadist.engine.engine import blueprint as blueprint_of
 from metadist.engine.fingerprint import data_fingerprint
 from metadist.errors import ConfigError, RunError
 from metadist.evaluation.protocol import meta_test, settings
+from metadist.evaluation.sweep import RATE, read_grid, swept
 from metadist.measure import MEASURES
+from metadist.methods import InnerLoop
 from metadist.run import checked_tables, start
 
 OVERRIDABLE = ("eval", "cluster", "engine", "data", "task.transductive")
+
+SWEEP_EPISODES = 200
+"""Tasks of a sweep that says nothing; a quarter of a meta-test's time for each cell is more than it is worth."""
 
 
 def evaluate(run_dir: Path, overrides: Sequence[str], *, best: bool, split: str) -> tuple[dict[str, Any], Path]:
@@ -46,12 +52,51 @@ def evaluate(run_dir: Path, overrides: Sequence[str], *, best: bool, split: str)
         found["numeric_fingerprint"] = runtime.fingerprint
     finally:
         runtime.close()
-    folder = run_dir / "evaluations"
+    return found, _written(run_dir / "evaluations", split, found)
+
+
+def sweep(
+    run_dir: Path, overrides: Sequence[str], words: Sequence[str], *, best: bool, split: str
+) -> tuple[dict[str, Any], Path]:
+    """The scores of the trained state under a grid of inner rates and steps, and the JSON file they were written to.
+
+    words: as `--sweep` has them. Raises ConfigError.
+    """
+    given = dict(map(parse_override, overrides))
+    if "eval.also" in given:
+        raise ConfigError("eval.also: is not read with --sweep, whose cells are one evaluation each; leave it out")
+    asked = [*overrides] if "eval.episodes" in given else [*overrides, f"eval.episodes={SWEEP_EPISODES}"]
+    grid = read_grid(words, judged_config(run_dir, asked), given)
+    state = "best.safetensors" if best else "theta.safetensors"
+    config, tables, values = trained(run_dir, split, asked, state)
+    blueprint = blueprint_of(config, tables)
+    flat = blueprint.values.flatten({name: values[name] for name in blueprint.values.names}).numpy()
+    runtime = start(config, tables, None, print)
+    try:
+        began = time.perf_counter()
+        cells = swept(runtime, grid._replace(judged=config), load(run_dir / "config.yaml"), flat, split)
+        found = {
+            "run": run_dir.name,
+            "overrides": list(overrides),
+            "sweep": list(words),
+            "data_fingerprint": data_fingerprint(tables),
+            "state": state,
+            "split": split,
+            **cells,
+            "seconds": time.perf_counter() - began,
+            "numeric_fingerprint": runtime.fingerprint,
+        }
+    finally:
+        runtime.close()
+    return found, _written(run_dir / "sweeps", split, found)
+
+
+def _written(folder: Path, split: str, found: dict[str, Any]) -> Path:
     with storage_errors(folder):
         folder.mkdir(exist_ok=True)
     path = folder / f"{split}-{datetime.now():%Y%m%d-%H%M%S-%f}.json"
     write(path, json.dumps(found, indent=2).encode())
-    return found, path
+    return path
 
 
 def _done(run_dir: Path) -> int | None:
@@ -89,8 +134,10 @@ def judged_config(run_dir: Path, overrides: Sequence[str]) -> Config:
     raw["eval"].update(test=True, also=[])
     config = resolve(validate(apply_overrides(raw, overrides), "override"))
     old, new = flatten(before), flatten(config)
+    adapts = isinstance(config.algorithm, InnerLoop) and config.algorithm.adapts_at_inner_lr
     for key in dict.fromkeys([*old, *new]):
         free = any(key == allowed or key.startswith(allowed + ".") for allowed in OVERRIDABLE)
+        free = free or (key == RATE and adapts)
         if old.get(key) != new.get(key) and not free:
             raise ConfigError(f"{key}: belongs to the training; an evaluation may change {', '.join(OVERRIDABLE)}")
     return config

@@ -4,7 +4,7 @@ A method is told for one task; the engine puts a task axis in front of it with `
 loops. The runtime knows nothing of methods, and a method nothing of how a shard is computed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -59,6 +59,16 @@ class Direct(Protocol):
         self, theta: Theta, state: State, episode: Episode, ways: int, step: int
     ) -> tuple[dict[str, Tensor], Outcome]:
         """The direction that the outer optimizer descends, by name of θ, for one task."""
+        ...
+
+
+@runtime_checkable
+class Stepping(Protocol):
+    """A method whose inner loop can be judged behind any number of its steps has this beside `Algorithm`."""
+
+    def after(self, theta: Theta, state: State, support: Examples, ways: int, steps: Sequence[int]) -> list[Predictor]:
+        """The predictors behind some numbers of inner steps, ascending, of one inner loop; `adapt` is that behind
+        `inner_steps`."""
         ...
 
 

@@ -9,6 +9,7 @@ gradients as constants. Since the body stays, the support set passes it once: th
 is that of a linear model over its features f(x_S).
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
 from metadist.algorithms.context import Context
-from metadist.algorithms.descent import descend, on_queries
+from metadist.algorithms.descent import last, on_queries, predictors, walk
 from metadist.algorithms.objective import CLASSIFICATION, Objective
 from metadist.methods.gradient import Anil as Keys
 from metadist.models.layers import linear
@@ -41,6 +42,10 @@ class ANIL:
 
     def inner_loop(self, theta: Theta, support: Examples) -> Params:
         """θ with the head w_K."""
+        return last(self.path(theta, support), self.inner_steps)
+
+    def path(self, theta: Theta, support: Examples) -> Iterator[Params]:
+        """θ with w_0, w_1, …."""
 
         def loss(linear_model: Params) -> tuple[Tensor, Statistics]:
             outputs = linear("head", linear_model, linear_model["features"])
@@ -48,8 +53,8 @@ class ANIL:
 
         # The features are an input like the head, so that first order holds both constant.
         start = {"features": self.features(theta, support.x)} | {name: theta[name] for name in HEAD}
-        adapted = descend(loss, start, dict.fromkeys(HEAD, self.inner_lr), self.inner_steps, self.order)
-        return {**theta, **{name: adapted[name] for name in HEAD}}
+        for adapted in walk(loss, start, dict.fromkeys(HEAD, self.inner_lr), self.order):
+            yield {**theta, **{name: adapted[name] for name in HEAD}}
 
     def features(self, theta: Theta, x: Tensor) -> Tensor:
         """What the head gets, [n, d]: the outputs of the network that has the identity for a head."""
@@ -59,7 +64,10 @@ class ANIL:
         return self.normalisation.network({**theta, **transparent}, x)[0]
 
     def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
-        return self.normalisation.predictor(self.inner_loop(theta, support), state, support)
+        return self.after(theta, state, support, ways, (self.inner_steps,))[0]
+
+    def after(self, theta: Theta, state: State, support: Examples, ways: int, steps: Sequence[int]) -> list[Predictor]:
+        return predictors(self.normalisation, self.path(theta, support), state, support, steps)
 
     def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
         fast = self.inner_loop(theta, episode.support)

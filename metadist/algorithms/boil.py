@@ -10,6 +10,7 @@ gradients as constants. The head moves in the outer loop only, so that adapting 
 changing the representation.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
 from metadist.algorithms.context import Context
-from metadist.algorithms.descent import descend, on_queries, on_support
+from metadist.algorithms.descent import last, on_queries, on_support, predictors, walk
 from metadist.algorithms.objective import CLASSIFICATION, Objective
 from metadist.methods.gradient import Boil as Keys
 from metadist.models.network import Params
@@ -39,12 +40,19 @@ class BOIL:
 
     def inner_loop(self, theta: Theta, support: Examples) -> Params:
         """θ with the body b_K."""
+        return last(self.path(theta, support), self.inner_steps)
+
+    def path(self, theta: Theta, support: Examples) -> Iterator[Params]:
+        """θ with b_0, b_1, …."""
         rates = {name: self.inner_lr for name in theta if not name.startswith("head.")}
         loss = on_support(self.normalisation, self.objective, support)
-        return descend(loss, theta, rates, self.inner_steps, self.order)
+        return walk(loss, theta, rates, self.order)
 
     def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
-        return self.normalisation.predictor(self.inner_loop(theta, support), state, support)
+        return self.after(theta, state, support, ways, (self.inner_steps,))[0]
+
+    def after(self, theta: Theta, state: State, support: Examples, ways: int, steps: Sequence[int]) -> list[Predictor]:
+        return predictors(self.normalisation, self.path(theta, support), state, support, steps)
 
     def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
         fast = self.inner_loop(theta, episode.support)

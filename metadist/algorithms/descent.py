@@ -6,12 +6,14 @@
 the steps; first order takes the gradients as constants, but not the rates.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from metadist.algorithms.algorithm import Normalisation, Outcome, State
+from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State
 from metadist.algorithms.objective import Objective
 from metadist.models.network import Params, Statistics
 from metadist.tasks.episode import Episode, Examples
@@ -22,6 +24,9 @@ SupportLoss = Callable[[Params], tuple[Tensor, Statistics]]
 Rates = Mapping[str, Tensor | float]
 """α_j by name of the parameter."""
 
+Behind = TypeVar("Behind")
+"""What a path has behind each number of steps."""
+
 
 def step(loss: SupportLoss, params: Params, rates: Rates, order: int) -> tuple[dict[str, Tensor], Statistics]:
     """φ after one step, and the statistics that the norms used before it."""
@@ -31,11 +36,29 @@ def step(loss: SupportLoss, params: Params, rates: Rates, order: int) -> tuple[d
     return {**params, **{name: params[name] - rates[name] * g for name, g in gradient.items()}}, used
 
 
+def walk(loss: SupportLoss, params: Params, rates: Rates, order: int) -> Iterator[Params]:
+    """φ_0, φ_1, φ_2 and so on with the same rates; no step is taken before what lies behind it is asked for."""
+    while True:
+        yield params
+        params, _ = step(loss, params, rates, order)
+
+
 def descend(loss: SupportLoss, params: Params, rates: Rates, steps: int, order: int) -> Params:
     """φ after some steps with the same rates."""
-    for _ in range(steps):
-        params, _ = step(loss, params, rates, order)
-    return params
+    return last(walk(loss, params, rates, order), steps)
+
+
+def last(path: Iterable[Behind], steps: int) -> Behind:
+    """What a path has behind some steps; those before it are not kept."""
+    return next(islice(path, steps, None))
+
+
+def predictors(
+    normalisation: Normalisation, path: Iterable[Params], state: State, support: Examples, steps: Sequence[int]
+) -> list[Predictor]:
+    """Those behind some numbers of steps of a path, ascending."""
+    at = islice(path, steps[-1] + 1)
+    return [normalisation.predictor(params, state, support) for k, params in enumerate(at) if k in steps]
 
 
 def on_support(normalisation: Normalisation, objective: Objective, support: Examples) -> SupportLoss:

@@ -12,7 +12,7 @@ instead (the paper's code has d = 1). A direction without positive curvature end
 where it is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
 from metadist.algorithms.context import Context
 from metadist.algorithms.coordinates import flatten, unflatten
-from metadist.algorithms.descent import on_queries, on_support
+from metadist.algorithms.descent import last, on_queries, on_support, predictors
 from metadist.algorithms.objective import CLASSIFICATION, Objective
 from metadist.methods.gradient import Imaml
 from metadist.models.network import Params
@@ -45,19 +45,26 @@ class IMAML:
 
     def inner_loop(self, theta: Theta, support: Examples) -> Params:
         """φ after K steps."""
+        return last(self.path(theta, support), self.inner_steps)
+
+    def path(self, theta: Theta, support: Examples) -> Iterator[Params]:
+        """φ after 0, 1, … steps."""
         start = {name: value.detach() for name, value in theta.items()}
         fast: Params = start
         loss = on_support(self.normalisation, self.objective, support)
-        for _ in range(self.inner_steps):
+        while True:
+            yield fast
             gradient, _ = torch.func.grad(loss, has_aux=True)(fast)
             fast = {
                 name: value - self.inner_lr * (gradient[name] + self.proximal * (value - start[name]))
                 for name, value in fast.items()
             }
-        return fast
 
     def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
-        return self.normalisation.predictor(self.inner_loop(theta, support), state, support)
+        return self.after(theta, state, support, ways, (self.inner_steps,))[0]
+
+    def after(self, theta: Theta, state: State, support: Examples, ways: int, steps: Sequence[int]) -> list[Predictor]:
+        return predictors(self.normalisation, self.path(theta, support), state, support, steps)
 
     def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
         """L_Q(φ), for the record; its dependence on θ is `meta_gradient`'s."""

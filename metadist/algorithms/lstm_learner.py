@@ -20,6 +20,7 @@ under the adapted parameters where the paper's are averages over the inner loop.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor
 from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
 from metadist.algorithms.context import Context
 from metadist.algorithms.coordinates import flatten, preprocessed, unflatten
-from metadist.algorithms.descent import on_queries, on_support
+from metadist.algorithms.descent import last, on_queries, on_support, predictors
 from metadist.algorithms.objective import CLASSIFICATION, Objective
 from metadist.methods.learned import LstmLearner
 from metadist.models.lstm import blank, init_lstm, lstm
@@ -64,12 +65,17 @@ class LSTMLearner:
 
     def inner_loop(self, theta: Theta, support: Examples) -> Params:
         """φ_K."""
+        return last(self.path(theta, support), self.inner_steps)
+
+    def path(self, theta: Theta, support: Examples) -> Iterator[Params]:
+        """φ_0, φ_1, …."""
         start = {name: value for name, value in theta.items() if not name.startswith(PREFIX)}
         fast = flatten(start)
         write, keep = torch.zeros_like(fast), torch.ones_like(fast)
         memory = blank(f"{PREFIX}1", theta, fast[:, None])
         loss = on_support(self.normalisation, self.objective, support)
-        for _ in range(self.inner_steps):
+        while True:
+            yield unflatten(fast, start)
             at = unflatten(fast.detach(), start)
             gradient, (value, _) = torch.func.grad_and_value(loss, has_aux=True)(at)
             slope = flatten(gradient)
@@ -78,10 +84,12 @@ class LSTMLearner:
             write = self._gate("input", theta, memory.hidden, fast, write)
             keep = self._gate("forget", theta, memory.hidden, fast, keep)
             fast = keep * fast - self.largest_lr * write * slope
-        return unflatten(fast, start)
 
     def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
-        return self.normalisation.predictor(self.inner_loop(theta, support), state, support)
+        return self.after(theta, state, support, ways, (self.inner_steps,))[0]
+
+    def after(self, theta: Theta, state: State, support: Examples, ways: int, steps: Sequence[int]) -> list[Predictor]:
+        return predictors(self.normalisation, self.path(theta, support), state, support, steps)
 
     def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
         fast = self.inner_loop(theta, episode.support)

@@ -12,7 +12,8 @@ optimizer; here it is learned along with the optimizer (`start: learned`), or st
 random initialisation (`start: fixed`).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
 from metadist.algorithms.context import Context
 from metadist.algorithms.coordinates import flatten, preprocessed, unflatten
-from metadist.algorithms.descent import on_queries, on_support
+from metadist.algorithms.descent import on_queries, on_support, predictors
 from metadist.algorithms.objective import CLASSIFICATION, Objective
 from metadist.methods.learned import LstmOptimizer
 from metadist.models.layers import init_linear, linear
@@ -74,7 +75,11 @@ class LSTMOptimizer:
         return path
 
     def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
-        return self.normalisation.predictor(self.inner_loop(theta, support)[-1], state, support)
+        return self.after(theta, state, support, ways, (self.inner_steps,))[0]
+
+    def after(self, theta: Theta, state: State, support: Examples, ways: int, steps: Sequence[int]) -> list[Predictor]:
+        path = replace(self, inner_steps=steps[-1]).inner_loop(theta, support)
+        return predictors(self.normalisation, path, state, support, steps)
 
     def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
         path = self.inner_loop(theta, episode.support)

@@ -9,6 +9,7 @@ mean cross-entropies over the support and the query set, or mean squared errors;
 code sums over the classes instead, so that its α = 0.4 (5-way) is 2.0 here.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
 from metadist.algorithms.context import Context
-from metadist.algorithms.descent import descend, on_queries, on_support
+from metadist.algorithms.descent import last, on_queries, on_support, predictors, walk
 from metadist.algorithms.objective import CLASSIFICATION, Objective
 from metadist.methods.gradient import Maml
 from metadist.models.network import Params
@@ -39,11 +40,18 @@ class MAML:
 
     def inner_loop(self, theta: Theta, support: Examples) -> Params:
         """φ_K."""
+        return last(self.path(theta, support), self.inner_steps)
+
+    def path(self, theta: Theta, support: Examples) -> Iterator[Params]:
+        """φ_0, φ_1, …."""
         loss = on_support(self.normalisation, self.objective, support)
-        return descend(loss, theta, dict.fromkeys(theta, self.inner_lr), self.inner_steps, self.order)
+        return walk(loss, theta, dict.fromkeys(theta, self.inner_lr), self.order)
 
     def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
-        return self.normalisation.predictor(self.inner_loop(theta, support), state, support)
+        return self.after(theta, state, support, ways, (self.inner_steps,))[0]
+
+    def after(self, theta: Theta, state: State, support: Examples, ways: int, steps: Sequence[int]) -> list[Predictor]:
+        return predictors(self.normalisation, self.path(theta, support), state, support, steps)
 
     def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
         fast = self.inner_loop(theta, episode.support)

@@ -17,7 +17,8 @@ The authors' code has K rows and gives the queries under φ_k those of φ_{k−1
 The cosine schedule of the outer rate is `outer.schedule=cosine`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,8 +74,11 @@ class MAMLPlusPlus:
         return path, seen
 
     def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
-        path, _ = self.inner_loop(theta, support, order=2)
-        return self.normalisation.predictor(path[-1], self._row(state, self.inner_steps), support)
+        return self.after(theta, state, support, ways, (self.inner_steps,))[0]
+
+    def after(self, theta: Theta, state: State, support: Examples, ways: int, steps: Sequence[int]) -> list[Predictor]:
+        path, _ = replace(self, inner_steps=steps[-1]).inner_loop(theta, support, order=2)
+        return [self.normalisation.predictor(path[k], self._row(state, k), support) for k in steps]
 
     def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
         path, seen = self.inner_loop(theta, episode.support, order=1 if step < self.first_order_steps else 2)

@@ -14,14 +14,16 @@ set, shot by shot and around again, so that every class is in it as evenly as it
 paper shuffles the support set for every round; examples of an episode stand in random order).
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
 from metadist.algorithms.context import Context
-from metadist.algorithms.descent import on_support
+from metadist.algorithms.descent import last, on_support, predictors
 from metadist.algorithms.objective import CLASSIFICATION, Objective
 from metadist.methods.gradient import Reptile as Keys
 from metadist.models.network import Params, Statistics
@@ -52,12 +54,20 @@ class Reptile:
 
     def inner_loop(self, theta: Theta, state: State, support: Examples) -> tuple[Params, Statistics]:
         """φ, and this task's values of the state."""
+        fast, seen = last(self.path(theta, state, support), self.inner_steps)
+        weight = torch.ones(1, dtype=support.x.dtype, device=support.x.device)
+        statistics = {SQUARE + name: value for name, value in seen.items()} | {WEIGHT: weight}
+        return fast, {name: statistics[name] for name in state if self.keep_moments}
+
+    def path(self, theta: Theta, state: State, support: Examples) -> Iterator[tuple[Params, Params]]:
+        """φ after 0, 1, … steps, and the sum over them of g² / k."""
         fast: Params = {name: value.detach() for name, value in theta.items()}
         kept: State = state if self.keep_moments else {}
         square = {name: kept.get(SQUARE + name, torch.zeros_like(value)) for name, value in fast.items()}
         weight = kept.get(WEIGHT, torch.zeros(1, dtype=support.x.dtype, device=support.x.device))
         seen = {name: torch.zeros_like(value) for name, value in fast.items()}
-        for k in range(self.inner_steps):
+        for k in count():
+            yield fast, seen
             loss = on_support(self.normalisation, self.objective, self._mini_batch(support, k))
             gradient, _ = torch.func.grad(loss, has_aux=True)(fast)
             if self.inner_optimizer == "adam":
@@ -66,11 +76,13 @@ class Reptile:
                 weight = BETA_2 * weight + (1 - BETA_2)
                 gradient = {n: g / ((square[n] / weight).sqrt() + EPSILON) for n, g in gradient.items()}
             fast = {name: value - self.inner_lr * gradient[name] for name, value in fast.items()}
-        statistics = {SQUARE + name: value for name, value in seen.items()} | {WEIGHT: torch.ones_like(weight)}
-        return fast, {name: statistics[name] for name in kept}
 
     def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
-        return self.normalisation.predictor(self.inner_loop(theta, state, support)[0], state, support)
+        return self.after(theta, state, support, ways, (self.inner_steps,))[0]
+
+    def after(self, theta: Theta, state: State, support: Examples, ways: int, steps: Sequence[int]) -> list[Predictor]:
+        path = (fast for fast, _ in self.path(theta, state, support))
+        return predictors(self.normalisation, path, state, support, steps)
 
     def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
         """The queries' loss under φ, for the record; Reptile itself never descends it."""

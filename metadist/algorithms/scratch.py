@@ -8,14 +8,16 @@ gradient descent, φ ← φ − α g, or of Adam (Kingma & Ba 2015) on the suppo
 with m̂ = m / (1 − β1^k) and v̂ = v / (1 − β2^k) in step k.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
 from metadist.algorithms.context import Context
-from metadist.algorithms.descent import on_queries, on_support
+from metadist.algorithms.descent import last, on_queries, on_support, predictors
 from metadist.algorithms.objective import CLASSIFICATION, Objective
 from metadist.methods.baseline import Scratch as Keys
 from metadist.models.network import Params
@@ -39,11 +41,16 @@ class Scratch:
 
     def inner_loop(self, theta: Theta, support: Examples) -> Params:
         """φ."""
+        return last(self.path(theta, support), self.inner_steps)
+
+    def path(self, theta: Theta, support: Examples) -> Iterator[Params]:
+        """φ after 0, 1, … steps."""
         fast: Params = {name: value.detach() for name, value in theta.items()}
         mean = {name: torch.zeros_like(value) for name, value in fast.items()}
         square = mean
         loss = on_support(self.normalisation, self.objective, support)
-        for k in range(1, self.inner_steps + 1):
+        for k in count(1):
+            yield fast
             gradient, _ = torch.func.grad(loss, has_aux=True)(fast)
             if self.inner_optimizer == "adam":
                 mean = {n: BETA_1 * m + (1 - BETA_1) * gradient[n] for n, m in mean.items()}
@@ -51,10 +58,12 @@ class Scratch:
                 of_mean, of_square = 1 - BETA_1**k, 1 - BETA_2**k
                 gradient = {n: m / of_mean / ((square[n] / of_square).sqrt() + EPSILON) for n, m in mean.items()}
             fast = {name: value - self.inner_lr * gradient[name] for name, value in fast.items()}
-        return fast
 
     def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
-        return self.normalisation.predictor(self.inner_loop(theta, support), state, support)
+        return self.after(theta, state, support, ways, (self.inner_steps,))[0]
+
+    def after(self, theta: Theta, state: State, support: Examples, ways: int, steps: Sequence[int]) -> list[Predictor]:
+        return predictors(self.normalisation, self.path(theta, support), state, support, steps)
 
     def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
         """The queries' loss under φ, for the record; nothing descends it."""

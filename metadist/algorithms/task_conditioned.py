@@ -26,6 +26,7 @@ The encoder has layer norm where the network has batch norm, under which all sup
 look alike; without norm it has none.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
 from metadist.algorithms.context import Context
-from metadist.algorithms.descent import descend, on_queries, on_support
+from metadist.algorithms.descent import last, on_queries, on_support, predictors, walk
 from metadist.algorithms.objective import CLASSIFICATION, Objective
 from metadist.methods.conditioned import TaskConditioned as Keys
 from metadist.models import build as build_network
@@ -82,16 +83,23 @@ class TaskConditioned:
 
     def inner_loop(self, theta: Theta, e: Tensor, support: Examples) -> Params:
         """φ_K."""
+        return last(self.path(theta, e, support), self.inner_steps)
+
+    def path(self, theta: Theta, e: Tensor, support: Examples) -> Iterator[Params]:
+        """φ_0, φ_1, …."""
         start = {name: value for name, value in theta.items() if not name.startswith(OWN)}
         shift = {name: e @ theta[f"init.{name}"] for name in start}
         start = {n: value * (1 + shift[n]) if value.ndim > 1 else value + shift[n] for n, value in start.items()}
         rates = {name: self.inner_lr * torch.exp(e @ theta[f"rate.{name}"]) for name in start}
         loss = on_support(self.normalisation, self.objective, support)
-        return descend(loss, start, rates, self.inner_steps, self.order)
+        return walk(loss, start, rates, self.order)
 
     def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
-        fast = self.inner_loop(theta, self.embed(theta, support), support)
-        return self.normalisation.predictor(fast, state, support)
+        return self.after(theta, state, support, ways, (self.inner_steps,))[0]
+
+    def after(self, theta: Theta, state: State, support: Examples, ways: int, steps: Sequence[int]) -> list[Predictor]:
+        path = self.path(theta, self.embed(theta, support), support)
+        return predictors(self.normalisation, path, state, support, steps)
 
     def task_loss(self, theta: Theta, state: State, episode: Episode, ways: int, step: int) -> Outcome:
         """L_Q of one task; what tasks say about one another is in `comparison`."""

@@ -17,6 +17,7 @@ from metadist.engine.exact import Part, quantise, scales
 from metadist.engine.layout import Layout
 from metadist.engine.local import descend
 from metadist.engine.shard import ENGINES, JUDGES
+from metadist.engine.sweep import Grid, Setting, judge_grid
 from metadist.tasks.samplers import Sampler, evaluation_tasks, training_tasks
 
 Lane = dict[str, np.ndarray]
@@ -138,13 +139,15 @@ class Engine:
 
         return descend(self.config.outer, batch, theta, state, step, memory)
 
-    def judge(self, values: np.ndarray, judged: Config, split: str, first: int, tasks: int) -> dict[str, np.ndarray]:
-        """Score and loss, float64 [tasks] each, of evaluation tasks first … first+tasks−1.
+    def judge(self, values: np.ndarray, setting: Setting, split: str, first: int, tasks: int) -> dict[str, np.ndarray]:
+        """Score and loss, float64 [tasks] each, of evaluation tasks first … first+tasks−1; of a grid's cells,
+        [tasks, rates, steps].
 
-        `judged` is the run's config with the evaluation's own `eval` section. A whole shard
+        `setting` is the run's config with the evaluation's own `eval` section, or a grid around it. A whole shard
         is computed and cut, so that the shapes, and with them the bits, never depend on
         how many tasks are asked for.
         """
+        judged = setting.judged if isinstance(setting, Grid) else setting
         key = (split, judged.eval.model_dump_json())
         if key not in self._judged:
             sampler = evaluation_tasks(judged, self.tables, split, self.device)
@@ -152,7 +155,8 @@ class Engine:
         sampler, algorithm = self._judged[key]
         theta, state = self.blueprint.named(values, self.device)
         episodes = sampler.sample(judged.eval.draw, first, self.shard_tasks)
-        found = self._judge(algorithm, OBJECTIVES[judged.kind], theta, state, episodes, sampler.ways)
+        given = (algorithm, OBJECTIVES[judged.kind], theta, state, episodes, sampler.ways)
+        found = judge_grid(*given, setting) if isinstance(setting, Grid) else self._judge(*given)
         return {name: value[:tasks].double().cpu().numpy() for name, value in found.items()}
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from metadist import algorithms
 from metadist.config import Config, validate
+from metadist.engine.sweep import Setting
 from metadist.measure import MEASURES
 from metadist.tasks.samplers import evaluation_tasks, training_tasks
 
@@ -14,7 +15,7 @@ from metadist.tasks.samplers import evaluation_tasks, training_tasks
 class Judge(Protocol):
     """Whatever computes evaluation tasks: score and loss, float64 [episodes] each."""
 
-    def judge(self, values: np.ndarray | None, judged: Config, split: str, episodes: int) -> dict[str, np.ndarray]: ...
+    def judge(self, values: np.ndarray | None, judged: Setting, split: str, episodes: int) -> dict[str, np.ndarray]: ...
 
 
 class Score(NamedTuple):

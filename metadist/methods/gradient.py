@@ -72,6 +72,10 @@ class MetaSgd(InnerLoop):
     inner_lr: Rate = Field(0.4, description="of every element at the start of meta-training")
     order: Literal[1, 2] = Field(2, description="1 drops the second derivatives")
 
+    @property
+    def adapts_at_inner_lr(self) -> bool:
+        return False
+
 
 class MamlPlusPlus(InnerLoop):
     """MAML made stable."""
@@ -92,6 +96,10 @@ class MamlPlusPlus(InnerLoop):
     per_step_statistics: bool = Field(
         True, description="with model.statistics=running: running statistics for every number of inner steps"
     )
+
+    @property
+    def adapts_at_inner_lr(self) -> bool:
+        return not self.learned_rates
 
     def check(self, config: Any) -> None:
         """No evaluation takes more steps than were learned."""

@@ -47,6 +47,10 @@ class LstmLearner(InnerLoop):
     hidden: Positive = Field(20, description="units of the LSTM below the gates")
     largest_lr: Rate = Field(1.0, description="rate that an open input gate gives; 1 in the paper")
 
+    @property
+    def adapts_at_inner_lr(self) -> bool:
+        return False
+
     @model_validator(mode="after")
     def _gate_is_between(self) -> "LstmLearner":
         if self.inner_lr >= self.largest_lr:

@@ -46,3 +46,8 @@ class InnerLoop(Algorithm):
     regression = True
     inner_lr: Rate = Field(0.4, description="rate of the inner loop, for a mean loss over the support set")
     inner_steps: Count = Field(1, description="gradient steps on the support set")
+
+    @property
+    def adapts_at_inner_lr(self) -> bool:
+        """Whether a trained one still reads `inner_lr`: not where it is only what learned rates began with."""
+        return True

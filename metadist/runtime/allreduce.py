@@ -20,6 +20,7 @@ import numpy as np
 from metadist.config import Config
 from metadist.data.table import Table
 from metadist.engine.fingerprint import differences
+from metadist.engine.sweep import Setting
 from metadist.errors import ClusterError, MetadistError
 from metadist.runtime import preemption
 from metadist.runtime.aggregator import Report, Snapshot
@@ -71,7 +72,7 @@ class Judge(NamedTuple):
     """Answer: this rank's part of an evaluation, by first task."""
 
     values: np.ndarray | None
-    judged: Config
+    judged: Setting
     split: str
     episodes: int
 
@@ -342,7 +343,7 @@ class AllReduce:
 
     # --- evaluation ------------------------------------------------------------
 
-    def judge(self, values: np.ndarray | None, judged: Config, split: str, episodes: int) -> dict[str, np.ndarray]:
+    def judge(self, values: np.ndarray | None, judged: Setting, split: str, episodes: int) -> dict[str, np.ndarray]:
         found: dict[int, dict[str, np.ndarray]] = {}
         for part in self._ask(Judge(values, judged, split, episodes)):
             found |= part

@@ -14,6 +14,7 @@ import numpy as np
 from metadist.config import Config
 from metadist.data.table import Table
 from metadist.engine.engine import blueprint
+from metadist.engine.sweep import Setting
 from metadist.runtime import preemption
 from metadist.runtime.aggregator import Aggregator, Report, Snapshot, sealed
 from metadist.runtime.cluster import check_resources, connect, disconnect
@@ -142,7 +143,7 @@ class Asynchronous:
 
     # --- the rest ------------------------------------------------------------
 
-    def judge(self, values: np.ndarray | None, judged: Config, split: str, episodes: int) -> dict[str, np.ndarray]:
+    def judge(self, values: np.ndarray | None, judged: Setting, split: str, episodes: int) -> dict[str, np.ndarray]:
         current = self._parameters.broadcast().values if values is None else values
         return judge(self.pool, current, judged, split, episodes, self._take_in)
 

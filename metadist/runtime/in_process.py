@@ -8,6 +8,7 @@ import numpy as np
 from metadist.config import Config
 from metadist.data.table import Table
 from metadist.engine.engine import Lane
+from metadist.engine.sweep import Setting
 from metadist.runtime import preemption
 from metadist.runtime.aggregator import Aggregator, Broadcast, Report, Snapshot
 from metadist.runtime.lanes import Lanes, carried
@@ -81,7 +82,7 @@ class InProcess:
         self._lanes = Lanes(carried(self.config, snapshot))
         self._broadcast = self.aggregator.broadcast()
 
-    def judge(self, values: np.ndarray | None, judged: Config, split: str, episodes: int) -> dict[str, np.ndarray]:
+    def judge(self, values: np.ndarray | None, judged: Setting, split: str, episodes: int) -> dict[str, np.ndarray]:
         values = self._broadcast.values if values is None else values
         size = self.worker.engine.shard_tasks
         parts = [

@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from metadist.config import Config
+from metadist.engine.sweep import Setting
 from metadist.runtime.pool import Came, Judgement, Pool
 
 
 def judge(
-    pool: Pool, values: np.ndarray, judged: Config, split: str, episodes: int, aside: Callable[[Came], None]
+    pool: Pool, values: np.ndarray, judged: Setting, split: str, episodes: int, aside: Callable[[Came], None]
 ) -> dict[str, np.ndarray]:
     """Accuracy and loss of evaluation tasks 0 … episodes−1, float64, whoever judged them.
 

@@ -13,6 +13,7 @@ import numpy as np
 from metadist.config import Config
 from metadist.data.table import Table
 from metadist.engine.engine import blueprint
+from metadist.engine.sweep import Setting
 from metadist.runtime import preemption
 from metadist.runtime.aggregation import Aggregation, aggregator_lost
 from metadist.runtime.aggregator import Report, Snapshot
@@ -216,7 +217,7 @@ class OnRay:
 
     # --- the rest ------------------------------------------------------------
 
-    def judge(self, values: np.ndarray | None, judged: Config, split: str, episodes: int) -> dict[str, np.ndarray]:
+    def judge(self, values: np.ndarray | None, judged: Setting, split: str, episodes: int) -> dict[str, np.ndarray]:
         current = self._current() if values is None else values
         return judge(self.pool, current, judged, split, episodes, self._drop)
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from metadist.config import Config
+from metadist.engine.sweep import Setting
 from metadist.runtime.aggregator import Aggregator, Report, Snapshot
 from metadist.runtime.runtime import NotFinite
 from metadist.runtime.worker import Worker
@@ -81,7 +82,7 @@ class Rank:
         return Stepped(report, tuple(counted[rank] for rank in range(self.world)), recomputed, halted)
 
     def judge(
-        self, values: np.ndarray | None, judged: Config, split: str, episodes: int
+        self, values: np.ndarray | None, judged: Setting, split: str, episodes: int
     ) -> dict[int, dict[str, np.ndarray]]:
         """This rank's part of an evaluation, by its first task."""
         values = self._broadcast.values if values is None else values

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from metadist.config import Config
+from metadist.engine.sweep import Setting
 from metadist.errors import MetadistError
 from metadist.runtime.aggregator import Report, Snapshot
 
@@ -75,7 +75,7 @@ class Runtime(Protocol):
         """A new aggregator from a checkpoint, after AggregatorLost; None: from initial θ."""
         ...
 
-    def judge(self, values: np.ndarray | None, judged: Config, split: str, episodes: int) -> dict[str, np.ndarray]:
+    def judge(self, values: np.ndarray | None, judged: Setting, split: str, episodes: int) -> dict[str, np.ndarray]:
         """Accuracy and loss of evaluation tasks 0 … episodes−1, float64; values None: the current θ."""
         ...
 

@@ -23,6 +23,7 @@ from metadist.engine.engine import Engine, Lane
 from metadist.engine.exact import first_exponents
 from metadist.engine.fingerprint import fingerprint
 from metadist.engine.hardware import hardware
+from metadist.engine.sweep import Setting
 from metadist.runtime.aggregator import Broadcast, sealed
 from metadist.runtime.cut import assembled, cut, gathered_exponents
 
@@ -147,6 +148,6 @@ class Worker:
         found = self.engine.flat(broadcast.values, step, shard)
         return Floats(os.getpid(), found, sealed(found))
 
-    def judge(self, values: np.ndarray, judged: Config, split: str, first: int, tasks: int) -> dict[str, np.ndarray]:
+    def judge(self, values: np.ndarray, judged: Setting, split: str, first: int, tasks: int) -> dict[str, np.ndarray]:
         """Accuracy and loss of evaluation tasks first … first+tasks−1."""
         return self.engine.judge(values, judged, split, first, tasks)
