@@ -7,6 +7,7 @@ median of the ratios within a turn. All of it on one core, in this process, with
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ TURNS = 5
 RATES = (0.1, 0.19, 0.37, 0.72, 1.4, 2.7, 5.2, 10.0)
 STEPS = (0, 1, 2, 3, 5)
 
-JOBS = {
+JOBS: dict[str, dict[str, Any]] = {
     "stride2": {"model": {"name": "stride2"}},
     "regression": {
         "data": {"name": "sinusoid"},

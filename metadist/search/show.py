@@ -1,6 +1,5 @@
 """`metadist search show DIR`: what a search has found so far, from its ledger and its job alone."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -9,28 +8,10 @@ from rich.table import Table
 from metadist.measure import MEASURES
 from metadist.search import rows
 from metadist.search.answer import answer, pareto, score_words, short, show_value
+from metadist.search.events import trials_of
 from metadist.search.job import load_search
-from metadist.search.ledger import Event, read_ledger
-from metadist.search.state import End, Report, Trial
+from metadist.search.ledger import read_ledger
 from metadist.search.table import best_first, drawn
-
-
-def trials_of(events: Sequence[Event]) -> list[Trial]:
-    """The trials that a ledger tells of, as they stand after its last event."""
-    trials: dict[str, Trial] = {}
-    for event in events:
-        match event.get("event"):
-            case "trial":
-                trials[event["id"]] = Trial(event["id"], event["index"], event["origin"], event["values"])
-            case "retry":
-                trials[event["id"]].attempt = event["attempt"]
-            case "report":
-                values = {name: float(value) for name, value in event["values"].items()}  # nan is a word there
-                told = event | {"values": values}
-                trials[event["id"]].reports.append(Report(**{name: told[name] for name in Report._fields}))
-            case "end":
-                trials[event["id"]].end = End(event["how"], event["step"], event["reason"], event["facts"])
-    return list(trials.values())
 
 
 def show(folder: Path, console: Console) -> None:
