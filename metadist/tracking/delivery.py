@@ -32,8 +32,8 @@ class Delivery:
     model_id: str | None = None
     model_logged: bool = False
     finished: bool = False
-    closed: bool = False
-    """The run has ended without a result, and MLflow knows."""
+    closed: int | None = None
+    """Where MLflow knows that the run has ended without a result: when its metrics were written, in nanoseconds."""
     problem: str | None = None
     """Why the last attempt did not deliver everything."""
 

@@ -141,7 +141,7 @@ class Copy:
     ) -> None:
         self.run_dir, self.config, self.uri = run_dir, config, uri
         self.parent, self.model, self.config_file = parent, model, run_dir / config_file
-        self.points = 0
+        self.points, self.written = 0, written(run_dir)
         self.refresh()
 
     def refresh(self) -> None:
@@ -174,8 +174,9 @@ class Copy:
             self.client.set_terminated(run_id, wanted)
         elif status != wanted:
             self.client.update_run(run_id, status=wanted)
-        if self.state.finished or self.state.closed != final:
-            self.state.finished, self.state.closed = False, final
+        closed = self.written if final else None
+        if self.state.finished or self.state.closed != closed:
+            self.state.finished, self.state.closed = False, closed
             self.record()
 
     def connect(self) -> None:
@@ -314,6 +315,14 @@ class Copy:
         ]
         tags = [RunTag(key, str(result[key]).lower()) for key in ("theta_sha256", "reproducible") if key in result]
         self.client.log_batch(run_id, metrics=metrics, tags=tags)
+
+
+def written(run_dir: Path) -> int:
+    """When the metrics were written, in nanoseconds; 0 before."""
+    try:
+        return (run_dir / "metrics.parquet").stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _new_points(path: Path, delivered: dict[str, int]) -> Iterator["Metric"]:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from metadist.config import Config, read_yaml, validate
 from metadist.tracking import delivery, destination
-from metadist.tracking.mlflow_copy import Copy, SyncReport, Undelivered, attempt, sync
+from metadist.tracking.mlflow_copy import Copy, SyncReport, Undelivered, attempt, sync, written
 
 ARTIFACTS = ("search.json", "report.html", "best.yaml", "trials.parquet", "curves.parquet", "pareto.parquet", "figures")
 
@@ -68,7 +68,10 @@ def _deliver_trials(copy: Copy, parent: str, winner: str | None, final: bool) ->
     for path in sorted((copy.run_dir / "trials").glob("*/config.yaml")):
         trial = path.parent
         known, wins = delivery.read(trial), trial.name == winner
-        complete = (known.closed and trial.name in ended) or (known.finished and (known.model_logged or not wins))
+        if (trial / "result.json").exists():
+            complete = known.finished and (known.model_logged or not wins)
+        else:
+            complete = trial.name in ended and known.closed == written(trial)
         if known.parent == parent and complete:
             continue
         report = sync(trial, final or trial.name in ended, copy.uri, parent, model=wins)
@@ -94,8 +97,8 @@ def _deliver_result(copy: Copy, run_id: str, raw: bytes, found: dict[str, Any]) 
     digest = hashlib.sha256(raw).hexdigest()
     if copy.state.finished and copy.state.result_sha256 == digest:
         return
-    written = int((copy.run_dir / "search.json").stat().st_mtime * 1000)
-    metrics = [Metric(name, value, written, 0) for name, value in _figures(found).items()]
+    end = int((copy.run_dir / "search.json").stat().st_mtime * 1000)
+    metrics = [Metric(name, value, end, 0) for name, value in _figures(found).items()]
     tags = [RunTag(f"metadist.{key}", str(found[key])) for key in ("winner", "theta_sha256") if found.get(key)]
     copy.client.log_batch(run_id, metrics=metrics, tags=tags)
     for name in ARTIFACTS:
@@ -104,7 +107,7 @@ def _deliver_result(copy: Copy, run_id: str, raw: bytes, found: dict[str, Any]) 
             copy.client.log_artifacts(run_id, str(path), name)
         elif path.exists():
             copy.client.log_artifact(run_id, str(path))
-    copy.client.set_terminated(run_id, "FINISHED" if found.get("winner") else "FAILED", end_time=written)
+    copy.client.set_terminated(run_id, "FINISHED" if found.get("winner") else "FAILED", end_time=end)
     copy.state.result_sha256, copy.state.finished = digest, True
     copy.record()
 
