@@ -146,7 +146,8 @@ def search(
     """Search keys of the config, each trial a whole meta-training, and write a search folder.
 
     Examples: `metadist search search-inner-loop`, `metadist search JOB search.trials=64 search.concurrent=8
-    cluster.address=auto --run-dir searches/a`, `metadist search --resume searches/a`, `metadist search show searches/a`.
+    cluster.address=auto --run-dir searches/a`, `metadist search --resume searches/a`, `metadist search show
+    searches/a`.
     """
     with told_in_one_line():
         if words and words[0] == "show":

@@ -143,7 +143,7 @@ def _order(job: SearchJob, trial: Trial, folder: Path, group: TrialGroup) -> str
         {
             "folder": str(folder.resolve()),
             "here": str(Path.cwd()),
-            "cache": str(cache_folder()),
+            "cache": str(cache_folder().resolve()),
             "bundles": group.bundles,
             "strategy": group.strategy,
             "trial": asdict(trial),
