@@ -57,7 +57,7 @@ Show = Callable[[Sequence[Trial]], None]
 """Draws the trials as they are now."""
 
 _made: list[PlacementGroup] = []
-"""Groups of this process's search. Tune copies the factory, so they cannot be the factory's own."""
+"""Groups of this process's search: Tune makes a factory for each trial, and keeps the groups to itself."""
 
 
 class TrialGroup(tune.PlacementGroupFactory):
