@@ -403,15 +403,16 @@ def bench(
 
 
 @track_app.command("sync")
-def track_sync(run_dir: Annotated[Path, typer.Argument(help="run folder")]) -> None:
+def track_sync(run_dir: Annotated[Path, typer.Argument(help="run folder, or that of a search")]) -> None:
     """Deliver what a tracking server that was away has not got yet."""
     with told_in_one_line():
         from metadist.errors import RunError
-        from metadist.tracking.mlflow_copy import sync
+        from metadist.tracking.search_copy import is_search, sync_folder
 
-        if not (run_dir / "config.yaml").is_file():
+        search = is_search(run_dir)
+        if not search and not (run_dir / "config.yaml").is_file():
             raise RunError(f"{run_dir}: is no run folder, it has no config.yaml")
-        report = sync(run_dir, final=(run_dir / "result.json").exists())
+        report = sync_folder(run_dir, final=(run_dir / ("search.json" if search else "result.json")).exists())
         print(report.line(run_dir))
         if report.problem:
             raise typer.Exit(4)

@@ -22,6 +22,8 @@ class Delivery:
     token: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
     """A tag of the MLflow run, by which one is found whose creation was not confirmed."""
     run_id: str | None = None
+    parent: str | None = None
+    """The MLflow run under which this one is shown."""
     delivered: dict[str, int] = dataclasses.field(default_factory=dict)
     """Metric → last delivered step; each its own, because a validation may be written after its row."""
     config_sha256: str | None = None
@@ -30,6 +32,8 @@ class Delivery:
     model_id: str | None = None
     model_logged: bool = False
     finished: bool = False
+    closed: int | None = None
+    """Where MLflow knows that the run has ended without a result: when its metrics were written, in nanoseconds."""
     problem: str | None = None
     """Why the last attempt did not deliver everything."""
 

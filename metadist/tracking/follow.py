@@ -1,5 +1,7 @@
 """The process that copies a run to MLflow while it trains: `python -m metadist.tracking.follow RUN --parent PID`.
 
+A search is copied by one process too, with all its trials: RUN is its folder then.
+
 A process of its own, so that a tracking server that is slow or away costs no training
 step. Its standard input is a pipe from the training process: the end of that pipe says
 that the run is over, whether it was closed by `Follower.finish` or by death.
@@ -19,9 +21,10 @@ from pathlib import Path
 from metadist.config import Config
 from metadist.errors import MetadistError
 from metadist.tracking import delivery, destination
-from metadist.tracking.mlflow_copy import QUIET_AND_BRIEF, SyncReport, sync
+from metadist.tracking.mlflow_copy import QUIET_AND_BRIEF, SyncReport
+from metadist.tracking.search_copy import is_search, sync_folder
 
-POLL = 2.0
+POLL, SEARCH_POLL = 2.0, 5.0
 LONGEST_PAUSE = 30.0
 LAST_ATTEMPT = 20.0
 """Seconds that the process outlives a training process that died."""
@@ -67,7 +70,7 @@ class Follower:
 def start(run_dir: Path, config: Config) -> Follower:
     """Start copying the run to `tracking.uri`. What goes wrong is told by `Follower.finish`, never raised.
 
-    Only `config.yaml` is read by the copying process, so it must be written before.
+    Only `config.yaml`, or of a search `search.yaml`, is read by the copying process, so it must be written before.
     A `result.json` that an earlier, shorter training left behind must be removed before.
     """
     uri = destination.resolve_uri(config.tracking.uri, run_dir)
@@ -96,7 +99,7 @@ def follow(run_dir: Path, parent: int) -> bool:
     """Copy until the result is delivered or the run is over. Returns whether all was delivered."""
     seen: object = None
     problem: str | None = None
-    pause = POLL
+    rest = pause = SEARCH_POLL if is_search(run_dir) else POLL
     over = False
     while True:
         over = over or _ended(parent)
@@ -115,7 +118,7 @@ def follow(run_dir: Path, parent: int) -> bool:
             if report.finished or (over and (report.delivered or os.getppid() != parent)):
                 return report.delivered
             if report.delivered:
-                seen, pause = now, POLL
+                seen, pause = now, rest
             else:
                 pause = min(LONGEST_PAUSE, 2 * pause)
         if over:
@@ -126,7 +129,7 @@ def follow(run_dir: Path, parent: int) -> bool:
 
 def _attempt(run_dir: Path, final: bool) -> SyncReport:
     try:
-        return sync(run_dir, final)
+        return sync_folder(run_dir, final)
     except MetadistError as error:
         return SyncReport(delivered=False, problem=str(error))
     except Exception as error:  # noqa: BLE001, whatever it is, a copy does not end because of one attempt
@@ -150,10 +153,12 @@ def _sleep(seconds: float, parent: int) -> None:
 def _signature(run_dir: Path) -> tuple[object, ...]:
     """Changes whenever one of the files that are copied was replaced."""
     found = []
-    for name in ("config.yaml", "metrics.parquet", "result.json"):
-        with contextlib.suppress(FileNotFoundError):
-            status = (run_dir / name).stat()
-            found.append((name, status.st_ino, status.st_mtime_ns, status.st_size))
+    names = ("config.yaml", "metrics.parquet", "result.json", "search.yaml", "search.json", "trials.parquet")
+    for folder in (run_dir, *sorted(run_dir.glob("trials/*"))):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                status = (folder / name).stat()
+                found.append((folder.name, name, status.st_ino, status.st_mtime_ns, status.st_size))
     return tuple(found)
 
 

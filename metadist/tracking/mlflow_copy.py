@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +24,13 @@ from metadist.tracking.delivery import Delivery
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric, Run
 
 METRICS_PER_BATCH = 1000  # the most that MLflow takes at once
 PARAMS_PER_BATCH = 100
 PARAM_LENGTH = 6000
+PARENT = "mlflow.parentRunId"
+"""The tag by which MLflow shows a run under another."""
 
 QUIET_AND_BRIEF = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -66,25 +68,34 @@ class SyncReport:
         return f"MLflow: not delivered: {self.problem}; run `metadist track sync {run_dir}` when it is back"
 
 
-def sync(run_dir: Path, final: bool = False, uri: str | None = None) -> SyncReport:
+def sync(
+    run_dir: Path, final: bool = False, uri: str | None = None, parent: str | None = None, model: bool = True
+) -> SyncReport:
     """Deliver what the run folder holds and the tracking server has not.
 
     Creates the MLflow run or continues the one of `tracking.json`. With a `result.json`
     the model is logged and the run is FINISHED; without one it is RUNNING, or KILLED
-    when `final` says that its process has ended. `uri` replaces `tracking.uri`. A server
-    that does not take the data is reported, not raised.
+    when `final` says that its process has ended. `uri` replaces `tracking.uri`; `parent` is
+    the MLflow run that this one is shown under; `model` says whether the model goes too. A
+    server that does not take the data is reported, not raised.
     """
     config = load(run_dir / "config.yaml")
     resolved = destination.resolve_uri(uri or config.tracking.uri, run_dir)
     if resolved is None:
         return SyncReport(delivered=True, finished=True)
-    with durable.lock(run_dir / ".tracking.lock", wait=False) as ours:
+    copy = Copy(run_dir, config, resolved, parent=parent, model=model)
+    return attempt(copy, lambda: copy.deliver(final))
+
+
+def attempt(copy: "Copy", deliver: Callable[[], None]) -> SyncReport:
+    """What came of delivering; only one process at a time copies a folder."""
+    with durable.lock(copy.run_dir / ".tracking.lock", wait=False) as ours:
         if not ours:
             return SyncReport(delivered=False, problem="another process is copying this run")
-        return _sync(run_dir, final, config, resolved)
+        return _attempt(copy, deliver)
 
 
-def _sync(run_dir: Path, final: bool, config: Config, uri: str) -> SyncReport:
+def _attempt(copy: "Copy", deliver: Callable[[], None]) -> SyncReport:
     for name, value in QUIET_AND_BRIEF.items():
         os.environ.setdefault(name, value)
     from mlflow.exceptions import MlflowException
@@ -93,10 +104,12 @@ def _sync(run_dir: Path, final: bool, config: Config, uri: str) -> SyncReport:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
-    copy = _Copy(run_dir, config, uri)
-    problem = None
+    problem, uri = None, copy.uri
+    copy.refresh()  # another process may have delivered since
     try:
-        copy.deliver(final)
+        deliver()
+    except Undelivered as error:
+        problem = str(error)
     except (MlflowException, SQLAlchemyError, OSError) as error:  # requests' errors are OSErrors
         problem = _one_line(error, uri)
     state = copy.state
@@ -108,43 +121,65 @@ def _sync(run_dir: Path, final: bool, config: Config, uri: str) -> SyncReport:
     return SyncReport(problem is None, state.finished and problem is None, copy.points, where, problem)
 
 
-class _Copy:
-    """One attempt to bring MLflow up to the run folder."""
+class Undelivered(Exception):
+    """A part that was not delivered, told in one line already."""
+
+
+class Copy:
+    """One attempt to bring MLflow up to the run folder. config_file: what is copied as the run's config."""
 
     client: "MlflowClient"
 
-    def __init__(self, run_dir: Path, config: Config, uri: str) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        uri: str,
+        parent: str | None = None,
+        model: bool = True,
+        config_file: str = "config.yaml",
+    ) -> None:
         self.run_dir, self.config, self.uri = run_dir, config, uri
-        self.points = 0
-        shown = destination.masked(uri)
-        self.state = delivery.read(run_dir)
-        if (self.state.uri, self.state.experiment) != (shown, config.tracking.experiment):
-            self.state = Delivery(uri=shown, experiment=config.tracking.experiment)  # another place knows nothing yet
+        self.parent, self.model, self.config_file = parent, model, run_dir / config_file
+        self.points, self.written = 0, written(run_dir)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read how much was delivered; another place knows nothing yet."""
+        shown, experiment = destination.masked(self.uri), self.config.tracking.experiment
+        self.state = delivery.read(self.run_dir)
+        if (self.state.uri, self.state.experiment) != (shown, experiment):
+            self.state = Delivery(uri=shown, experiment=experiment)
 
     def record(self) -> None:
         delivery.write(self.run_dir, self.state)
 
     def deliver(self, final: bool) -> None:
         """Everything that is new, the oldest first, and then the run's status."""
-        self._connect()
+        self.connect()
         result_file = self.run_dir / "result.json"
         result_bytes = result_file.read_bytes() if result_file.exists() else None
-        run_id, params, status = self._run()
-        self._deliver_config(run_id, params)
+        run_id, params, status = self.run()
+        self.deliver_config(run_id, params)
         self._deliver_metrics(run_id, _new_points(self.run_dir / "metrics.parquet", self.state.delivered))
         if result_bytes is not None:
             self._deliver_result(run_id, result_bytes, int(result_file.stat().st_mtime * 1000))
             return
+        self.unfinished(run_id, status, final)
+
+    def unfinished(self, run_id: str, status: str, final: bool) -> None:
+        """The status of a run without a result."""
         wanted = "KILLED" if final else "RUNNING"
         if final and status == "RUNNING":
             self.client.set_terminated(run_id, wanted)
         elif status != wanted:
             self.client.update_run(run_id, status=wanted)
-        if self.state.finished:
-            self.state.finished = False
+        closed = self.written if final else None
+        if self.state.finished or self.state.closed != closed:
+            self.state.finished, self.state.closed = False, closed
             self.record()
 
-    def _connect(self) -> None:
+    def connect(self) -> None:
         """Open the store and find or create the experiment, one process at a time on a fresh database."""
         database = destination.sqlite_database(self.uri)
         if database is None:
@@ -174,7 +209,7 @@ class _Copy:
             raise MlflowException(f"the experiment {name!r} was deleted in MLflow; restore it or name another")
         self.state.experiment_id = experiment.experiment_id
 
-    def _run(self) -> tuple[str, dict[str, str], str]:
+    def run(self) -> tuple[str, dict[str, str], str]:
         """Id, parameters and status of the MLflow run, created where there is none."""
         from mlflow.exceptions import MlflowException
 
@@ -190,24 +225,37 @@ class _Copy:
             else:
                 if run.info.lifecycle_stage == "deleted":
                     raise MlflowException(f"the run {self.state.run_id} was deleted in MLflow; restore it there")
+                if self.state.parent != self.parent:
+                    self._put_under_parent(run)
+                    self.record()
                 return run.info.run_id, run.data.params, run.info.status
         self.record()  # the token, before a run may exist that carries it
         found = self.client.search_runs([self.state.experiment_id], f"tags.`metadist.token` = '{self.state.token}'")
         run = found[0] if found else self.client.create_run(
             self.state.experiment_id,
-            start_time=_start_time(self.run_dir),
+            start_time=_start_time(self.config_file),
             run_name=self.run_dir.absolute().name,
-            tags={"metadist.run_dir": self.run_dir.absolute().name, "metadist.token": self.state.token},
+            tags={
+                "metadist.run_dir": self.run_dir.absolute().name,
+                "metadist.token": self.state.token,
+                **({PARENT: self.parent} if self.parent else {}),
+            },
         )  # fmt: skip
         self.state.run_id = str(run.info.run_id)
+        self._put_under_parent(run)
         self.record()
         return self.state.run_id, run.data.params, run.info.status
 
-    def _deliver_config(self, run_id: str, known: dict[str, str]) -> None:
+    def _put_under_parent(self, run: "Run") -> None:
+        if self.parent and run.data.tags.get(PARENT) != self.parent:
+            self.client.set_tag(run.info.run_id, PARENT, self.parent)
+        self.state.parent = self.parent
+
+    def deliver_config(self, run_id: str, known: dict[str, str]) -> None:
         """`config.yaml` and its flat form as parameters, once and whenever a resume has changed it."""
         from mlflow.entities import Param, RunTag
 
-        digest = hashlib.sha256((self.run_dir / "config.yaml").read_bytes()).hexdigest()
+        digest = hashlib.sha256(self.config_file.read_bytes()).hexdigest()
         if digest == self.state.config_sha256:
             return
         values = {key: _param(value) for key, value in flatten(self.config).items()}
@@ -219,7 +267,7 @@ class _Copy:
         if changed:
             told = ", ".join(f"{key}={value}" for key, value in changed.items())
             self.client.log_batch(run_id, tags=[RunTag("metadist.resumed_with", told[:PARAM_LENGTH])])
-        self.client.log_artifact(run_id, str(self.run_dir / "config.yaml"))
+        self.client.log_artifact(run_id, str(self.config_file))
         self.state.config_sha256 = digest
         self.record()
 
@@ -237,13 +285,14 @@ class _Copy:
         if state.result_sha256 != digest:
             state.result_sha256, state.model_id, state.model_logged, state.finished = digest, None, False, False
             self.record()
-        if state.finished:
+        if state.finished and (state.model_logged or not self.model):
             return
         meta_steps = int(result["meta_steps"])
-        if state.model_id is None:
+        if self.model and state.model_id is None:
             state.model_id = model_copy.create(self.client, state.experiment_id, run_id, meta_steps)
             self.record()
-        if not state.model_logged:
+        if self.model and not state.model_logged:
+            assert state.model_id is not None
             model_copy.upload(self.client, state.model_id, run_id, self.run_dir)
             state.model_logged = True
             self.record()
@@ -266,6 +315,14 @@ class _Copy:
         ]
         tags = [RunTag(key, str(result[key]).lower()) for key in ("theta_sha256", "reproducible") if key in result]
         self.client.log_batch(run_id, metrics=metrics, tags=tags)
+
+
+def written(run_dir: Path) -> int:
+    """When the metrics were written, in nanoseconds; 0 before."""
+    try:
+        return (run_dir / "metrics.parquet").stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _new_points(path: Path, delivered: dict[str, int]) -> Iterator["Metric"]:
@@ -292,9 +349,9 @@ def _points(key: str, rows: pa.Table) -> Iterator[tuple[int, str, float, float]]
     return zip(steps, itertools.repeat(key), values, times)
 
 
-def _start_time(run_dir: Path) -> int:
+def _start_time(config_file: Path) -> int:
     """When the run began, in milliseconds: its config is the first file of its folder."""
-    return int(min((run_dir / "config.yaml").stat().st_mtime, time.time()) * 1000)
+    return int(min(config_file.stat().st_mtime, time.time()) * 1000)
 
 
 def _param(value: Any) -> str:
