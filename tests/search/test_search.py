@@ -242,6 +242,7 @@ def test_a_killed_driver(job_file: Path, tmp_path: Path, command: Callable[..., 
     for point in ("before:end:2", "after:report:5", "after:judged:1"):
         folder = tmp_path / point.replace(":", "-")
         assert command("search", job_file, *ONE_AT_A_TIME, "--run-dir", folder, killed=point) == -signal.SIGKILL
+        assert (folder / "trials.parquet").exists(), "told behind every end"
         before = {
             trial.id: (folder / "trials" / trial.id / "result.json").stat().st_mtime_ns
             for trial in trials_in(folder)
