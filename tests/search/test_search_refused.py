@@ -44,7 +44,7 @@ def test_folders(job_file: Path, tmp_path: Path, refused: Any) -> None:
     refused("search", "--resume", tmp_path, say=("is no search folder", "search.yaml"))
     refused("search", job_file, "--resume", tmp_path, say=("leave out",))
     refused("search", "--resume", tmp_path, "--dry-run", say=("--resume",))
-    refused("search", say=("no job is named",))
+    refused("search", say=("no job is named", "packaged jobs: search-inner-loop,"))
     refused("train", job_file, say=("metadist search",))
     refused("search", "show", say=("metadist search show DIR",))
     refused("search", "show", tmp_path, say=("is no search folder",))
