@@ -218,7 +218,7 @@ class _Searcher(Searcher):
             if isinstance(now, Start):
                 return self.calls.started(trial_id, now.trial)
             return Searcher.FINISHED if isinstance(now, Finished) else None
-        return None  # broken: the stopper ends it
+        return Searcher.FINISHED  # broken; Tune would wait for a trial a minute long
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         pass  # the scheduler has told of it
