@@ -15,7 +15,6 @@ from metadist.durable import storage_errors, write
 from metadist.measure import MEASURES, Measure
 from metadist.report import search_figures
 from metadist.report.html import Figure, Page, Section, html
-from metadist.report.importance import importance
 from metadist.search import rows
 from metadist.search.job import SearchJob
 from metadist.search.ledger import Event
@@ -215,12 +214,14 @@ def report(
     else:
         lines = ["No winner: no trial took all its meta-steps.", *lines]
     sections = []
-    if found.selection:
+    sign = -1.0 if measure.higher_is_better else 1.0
+    judged = [row for row in table.trials if row["selection"] is not None]
+    if judged:
         heading = ("trial", *(short(key, table.keys) for key in table.keys), "screening", "selection")
         body = [
             (row["id"], *(show_value(row[key]) for key in table.keys), _told(measure, row["score"], row["ci95"]),
              _told(measure, row["selection"], row["selection_ci95"]))
-            for row in table.trials if row["selection"] is not None
+            for row in sorted(judged, key=lambda row: (sign * row["selection"], row["index"]))
         ]  # fmt: skip
         sections.append(Section("Finalists", f"Judged again on {search.selection:,} validation tasks.", heading, body))
     if front:
@@ -257,8 +258,3 @@ def short(key: str, among: Sequence[str]) -> str:
     """A key without its section, where that is clear."""
     name = key.rpartition(".")[2]
     return name if sum(other.rpartition(".")[2] == name for other in among) == 1 else key
-
-
-def important(table: search_figures.Found) -> dict[str, float]:
-    """Importance of each key, by the scores at which trials are first compared."""
-    return importance(table.keys, table.trials, "early", table.measure.higher_is_better, table.logarithmic)
