@@ -57,16 +57,17 @@ def process_started() -> float:
         return time.time() - time.process_time()
 
 
-def _job_and_overrides(words: list[str] | None) -> tuple[str, list[str]]:
-    jobs = [word for word in words or [] if "=" not in word]
+def _job_and_overrides(words: list[str] | None, searches: bool = False) -> tuple[str, list[str]]:
+    named = [word for word in words or [] if "=" not in word]
     overrides = [word for word in words or [] if "=" in word]
-    if len(jobs) > 1:
-        raise ConfigError(f"one job at a time: {' and '.join(jobs)} are two; an override is written key=value")
-    if not jobs:
-        from metadist.config import packaged_jobs
+    if len(named) > 1:
+        raise ConfigError(f"one job at a time: {' and '.join(named)} are two; an override is written key=value")
+    if not named:
+        from metadist.config import packaged_files, packaged_jobs
 
-        raise ConfigError(f"no job is named; packaged jobs: {', '.join(sorted(packaged_jobs()))}, or a file's path")
-    return jobs[0], overrides
+        jobs = packaged_files().keys() - packaged_jobs().keys() if searches else packaged_jobs().keys()
+        raise ConfigError(f"no job is named; packaged jobs: {', '.join(sorted(jobs))}, or a file's path")
+    return named[0], overrides
 
 
 @app.command()
@@ -172,7 +173,7 @@ def search(
                 raise ConfigError(f"--resume takes its job from {resume}/search.yaml; leave out {jobs[0]}")
             go_on(resume, words or [])
             return
-        name, overrides = _job_and_overrides(words)
+        name, overrides = _job_and_overrides(words, searches=True)
         if dry_run:
             job = load_search(name, overrides)
             refuse(job, run_dir or fresh_name(name))

@@ -67,7 +67,8 @@ def test_methods_and_engine_load_neither_ray_nor_mlflow() -> None:
 
 @pytest.mark.parametrize("job", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_job_file_is_packaged_under_its_name(job: Path) -> None:
-    from metadist.config import load, packaged_jobs
+    from metadist.config import load, packaged_files
+    from metadist.search.job import load_search
 
-    assert packaged_jobs()[job.stem].read_text() == job.read_text()
-    load(job.stem)
+    assert packaged_files()[job.stem].read_text() == job.read_text()
+    (load_search if job.stem.startswith("search-") else load)(job.stem)

@@ -58,7 +58,7 @@ Show = Callable[[Sequence[Trial]], None]
 """Draws the trials as they are now."""
 
 _made: list[PlacementGroup] = []
-"""Groups of this process's search. Tune copies the factory, so they cannot be the factory's own."""
+"""Groups of this process's search: Tune makes a factory for each trial, and keeps the groups to itself."""
 
 
 class TrialGroup(tune.PlacementGroupFactory):
@@ -144,7 +144,7 @@ def _order(job: SearchJob, trial: Trial, folder: Path, group: TrialGroup) -> str
         {
             "folder": str(folder.resolve()),
             "here": str(Path.cwd()),
-            "cache": str(cache_folder()),
+            "cache": str(cache_folder().resolve()),
             "bundles": group.bundles,
             "strategy": group.strategy,
             "trial": asdict(trial),
@@ -231,7 +231,7 @@ class _Searcher(Searcher):
             if isinstance(now, Start):
                 return self.calls.started(trial_id, now.trial)
             return Searcher.FINISHED if isinstance(now, Finished) else None
-        return None  # broken: the stopper ends it
+        return Searcher.FINISHED  # broken; Tune would wait for a trial a minute long
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         pass  # the scheduler has told of it

@@ -12,14 +12,18 @@ from pathlib import Path
 from metadist.config import Elastic, parse_override, read_yaml, with_keys
 from metadist.durable import storage_errors, write, write_folder
 from metadist.errors import ConfigError, Interrupted, RunError, StorageError
-from metadist.run import checked_tables
+from metadist.run import TRACKING_SECONDS, checked_tables
 from metadist.runtime.cluster import check_resources, connect, disconnect
+from metadist.search import rows
 from metadist.search.director import Director
 from metadist.search.job import SearchJob, checked, load_search, refuse_changed_search, to_yaml
 from metadist.search.ledger import Ledger
 from metadist.search.outcome import conclude
 from metadist.search.space import Choice, Grid, RandInt
+from metadist.search.state import Trial
 from metadist.search.table import Table
+from metadist.tracking import follow
+from metadist.tracking.destination import check_uri
 
 JOB, LEDGER = "search.yaml", "ledger.jsonl"
 MOST_COUNTED = 10_000
@@ -64,20 +68,46 @@ def _go_on(job: SearchJob, folder: Path, rewrite: bool = False) -> None:
         with storage_errors(folder):
             for name in ("trials", "logs"):
                 (folder / name).mkdir(exist_ok=True)
+            (folder / "search.json").unlink(missing_ok=True)  # an answer that there was before further trials
         director = Director(job, ledger)
-        with _connected(job), _interruptible(folder):  # Ray takes SIGTERM for itself when it starts
-            from metadist.search.on_tune import fit  # Ray reads its environment when it is imported
+        with _followed(job, folder), _connected(job), _interruptible(folder):  # Ray takes SIGTERM when it starts
+            from metadist.search.on_tune import fit  # and reads its environment when it is imported
 
-            table = Table(job)
+            shown = _Shown(job, folder, ledger)
             try:
-                fit(job, director, folder, table.show, _say)
+                fit(job, director, folder, shown, _say)
             finally:
-                table.close()
+                shown.table.close()
             conclude(job, director.trials, folder, ledger, _say)
     except StorageError as error:
         raise StorageError(f"{error}: make room, then `metadist search --resume {folder}`") from error
     finally:
         ledger.close()
+
+
+class _Shown:
+    """Keeps the table on the screen, and `trials.parquet` whenever a trial has ended."""
+
+    def __init__(self, job: SearchJob, folder: Path, ledger: Ledger) -> None:
+        self.job, self.folder, self.ledger, self.table, self.ended = job, folder, ledger, Table(job), 0
+
+    def __call__(self, trials: Sequence[Trial]) -> None:
+        self.table.show(trials)
+        ended = sum(trial.end is not None for trial in trials)
+        if ended != self.ended:
+            rows.save(self.job, trials, self.folder, self.ledger.events)
+            self.ended = ended
+
+
+@contextmanager
+def _followed(job: SearchJob, folder: Path) -> Iterator[None]:
+    """Copied to MLflow meanwhile, by one process for the whole search."""
+    follower, patience = follow.start(folder, job.base), 1.0
+    try:
+        yield
+        patience = TRACKING_SECONDS
+    finally:
+        print(follower.finish(patience), flush=True)
 
 
 @contextmanager
@@ -128,6 +158,7 @@ def refuse(job: SearchJob, folder: Path) -> None:
 
 def _refuse_place(job: SearchJob) -> None:
     """A trial has one placement group, on a cluster that this machine is part of."""
+    check_uri(job.base.tracking.uri)
     cluster, device = job.base.cluster, job.base.engine.device
     if isinstance(cluster.workers, Elastic):
         raise ConfigError("cluster.workers: a trial's placement group has one size; valid is a whole number")

@@ -25,7 +25,10 @@ SEARCHED = ("seed", "task", "model", "algorithm", "outer")
 """Sections whose keys may be searched: those that say what is learnt. What it is judged by is the same for all."""
 
 
-NEVER = {"outer.steps": "how long a trial trains is the same for all"}
+NEVER = {
+    "outer.steps": "how long a trial trains is the same for all",
+    "task.within_group": "the tasks that trials are judged on depend on it",
+}
 
 INSIDE = 0.3819660112501051
 """A place between two bounds at which no whole number lies: a real number for a whole one is found out."""

@@ -201,7 +201,7 @@ def command(tmp_path: Path) -> Callable[..., int]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         done = subprocess.run(
             [sys.executable, "-c", KILLED, killed, *map(str, words)],
-            cwd=tmp_path, env={**environment, "HOME": str(tmp_path)}, check=False, timeout=280,
+            cwd=tmp_path, env={**environment, "HOME": str(tmp_path)}, check=False, timeout=900,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         return done.returncode
@@ -242,6 +242,7 @@ def test_a_killed_driver(job_file: Path, tmp_path: Path, command: Callable[..., 
     for point in ("before:end:2", "after:report:5", "after:judged:1"):
         folder = tmp_path / point.replace(":", "-")
         assert command("search", job_file, *ONE_AT_A_TIME, "--run-dir", folder, killed=point) == -signal.SIGKILL
+        assert (folder / "trials.parquet").exists(), "told behind every end"
         before = {
             trial.id: (folder / "trials" / trial.id / "result.json").stat().st_mtime_ns
             for trial in trials_in(folder)
@@ -264,5 +265,28 @@ def test_an_interrupted_search_goes_on(
     assert process.wait(60) == 130
     assert f"--resume {folder}" in process.said.splitlines()[-1] and "Traceback" not in process.said
     assert command("search", "--resume", folder, "search.trials=3", "search.concurrent=1") == 0
-    assert hows(trials_in(folder)) == ["finished"] * 3
+    assert hows(trials_in(folder)) == ["finished", "finished", "diverged"]
     assert_each_is_a_run(folder, tmp_path)
+
+
+EQUAL = (
+    "search.space={algorithm.inner_lr: {loguniform: [0.5, 3]}}", "search.conditions=[]", "search.searcher=random",
+    "search.startup=null", "search.scheduler=fifo", "search.grace=null", "search.trials=8", "search.concurrent=2",
+    "search.selection=50", "search.fresh=50", "eval.episodes=50", "outer.steps=120",
+)  # fmt: skip
+"""Of the packaged search: eight trials of equal cost."""
+
+
+@pytest.mark.own_cluster
+@pytest.mark.chaos
+@pytest.mark.timeout(1200)
+def test_overhead(tmp_path: Path, command: Callable[..., int]) -> None:
+    """From the first trial's start to the last one's end, start-up of Ray aside: at most 1.15 of half their sum."""
+    folder = tmp_path / "search"
+    assert command("search", "search-inner-loop", *EQUAL, "--run-dir", folder) == 0
+    events = read_ledger(folder / "ledger.jsonl")
+    began = next(event["seconds"] for event in events if event["event"] == "trial")
+    ends = [event for event in events if event["event"] == "end"]
+    assert [event["how"] for event in ends] == ["finished"] * 8
+    wall = max(event["seconds"] for event in ends) - began
+    assert wall <= 1.15 * sum(event["facts"]["seconds"] for event in ends) / 2

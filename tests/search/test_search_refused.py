@@ -44,7 +44,7 @@ def test_folders(job_file: Path, tmp_path: Path, refused: Any) -> None:
     refused("search", "--resume", tmp_path, say=("is no search folder", "search.yaml"))
     refused("search", job_file, "--resume", tmp_path, say=("leave out",))
     refused("search", "--resume", tmp_path, "--dry-run", say=("--resume",))
-    refused("search", say=("no job is named",))
+    refused("search", say=("no job is named", "packaged jobs: search-inner-loop,"))
     refused("train", job_file, say=("metadist search",))
     refused("search", "show", say=("metadist search show DIR",))
     refused("search", "show", tmp_path, say=("is no search folder",))
@@ -74,3 +74,15 @@ def test_the_packaged_search(tmp_path: Path) -> None:
     job = load_search("search-inner-loop")
     assert job.search.trials >= 16 and job.base.cluster.workers == 0
     assert size(job).startswith("7 combinations")
+
+
+def test_trials_at_once_share_the_gpus(
+    job_file: Path, tmp_path: Path, refused: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metadist.config._visible_gpus", lambda: 1)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    for overrides, share in (([], 0.5), (["search.concurrent=4"], 0.25), (["cluster.workers=2"], 0.25)):
+        job = load_search(job_file, ["engine.device=cuda", *overrides])
+        assert job.base.cluster.gpus == share and job.base.engine.device == "cuda"
+    words = ["engine.device=cuda", "cluster.gpus=1", "--run-dir", tmp_path / "search"]
+    refused("search", job_file, *words, say=("cluster.gpus: 2 trials at once", "at most 0.5 is valid"))
