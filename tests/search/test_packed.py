@@ -22,7 +22,7 @@ SPACE = {
     "seed": {"randint": [0, 9]},
 }
 METHODS = {
-    "maml": (), "anil": (), "boil": (), "meta-sgd": (), "protonet": (),
+    "maml": (), "meta-sgd": (), "protonet": (),
     "reptile": ("algorithm.inner_optimizer=sgd",),
     "maml++": ("model.statistics=running", "algorithm.inner_steps=2"),
 }  # fmt: skip
