@@ -35,6 +35,7 @@ PACKS = (2, 4, 8)
 TRIALS = (0.1, 0.3, 1.0, 3.0)
 TRIAL_TURNS = 2
 
+METHOD = {"name": "maml", "inner_lr": 0.5}
 JOBS: dict[str, dict[str, Any]] = {
     "stride2": {"model": {"name": "stride2"}},
     "regression": {
@@ -48,7 +49,7 @@ JOBS: dict[str, dict[str, Any]] = {
 
 def job(name: str) -> Config:
     """MAML of one of `JOBS`."""
-    return resolve(Config.model_validate({"algorithm": {"inner_lr": 0.5}, "engine": {"device": "cpu"}, **JOBS[name]}))
+    return resolve(Config.model_validate({"algorithm": METHOD, "engine": {"device": "cpu"}, **JOBS[name]}))
 
 
 def run(say: Callable[[str], None]) -> list[Row]:
