@@ -71,6 +71,20 @@ def train(
         runtime.close()
 
 
+def train_with(config: Config, tables: list[Table], path: Path, runtime: Runtime, record: dict[str, Any]) -> Finished:
+    """Meta-train a resolved config into a new run folder with a runtime of its own.
+
+    record: what is known of the run beforehand, as a checkpoint has it, such as `reproducible`.
+    """
+    refuse_existing(path)
+    config = with_tracking(config, path)
+    folder = RunFolder.create(path, config, run_name(path))
+    try:
+        return _run(config, tables, folder, runtime, None, record, None, None)
+    finally:
+        folder.unlock()
+
+
 def resume(run_dir: Path, overrides: list[str], started: float | None = None, watch: Watch | None = None) -> Finished:
     """Go on with a run from its newest good checkpoint."""
     folder = RunFolder.open(run_dir)

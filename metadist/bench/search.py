@@ -5,22 +5,37 @@ median of the ratios within a turn. All of it on one core, in this process, with
 """
 
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
+from metadist.algorithms.algorithm import Algorithm, State, Theta
 from metadist.bench.record import Row
-from metadist.config import Config, resolve
+from metadist.config import Config, resolve, to_yaml
 from metadist.data.sources import prepare
 from metadist.engine.engine import Engine
+from metadist.engine.packed import vectorised_packed
+from metadist.engine.shard import Sums, vectorised
 from metadist.engine.sweep import Grid
+from metadist.errors import RunError
+from metadist.tasks.episode import Episode
 
 TURNS = 5
 RATES = (0.1, 0.19, 0.37, 0.72, 1.4, 2.7, 5.2, 10.0)
 STEPS = (0, 1, 2, 3, 5)
+PACKS = (2, 4, 8)
+TRIALS = (0.1, 0.3, 1.0, 3.0)
+TRIAL_TURNS = 2
 
+METHOD = {"name": "maml", "inner_lr": 0.5}
 JOBS: dict[str, dict[str, Any]] = {
     "stride2": {"model": {"name": "stride2"}},
     "regression": {
@@ -34,12 +49,13 @@ JOBS: dict[str, dict[str, Any]] = {
 
 def job(name: str) -> Config:
     """MAML of one of `JOBS`."""
-    return resolve(Config.model_validate({"algorithm": {"inner_lr": 0.5}, "engine": {"device": "cpu"}, **JOBS[name]}))
+    return resolve(Config.model_validate({"algorithm": METHOD, "engine": {"device": "cpu"}, **JOBS[name]}))
 
 
 def run(say: Callable[[str], None]) -> list[Row]:
-    """The suite; some three minutes."""
-    return [row for name in JOBS for row in sweep_rows(name, TURNS, say)]
+    """The suite; some five minutes."""
+    rows = [row for name in JOBS for row in (*sweep_rows(name, TURNS, say), *packed_rows(name, TURNS, say))]
+    return [*rows, *trial_rows(say)]
 
 
 def sweep_rows(name: str, turns: int, say: Callable[[str], None]) -> list[Row]:
@@ -69,6 +85,106 @@ def sweep_rows(name: str, turns: int, say: Callable[[str], None]) -> list[Row]:
     for which, found in rates.items():
         say(f"{name}, {which}: {statistics.median(found):,.0f} cells/s")
     return pair(f"separate evaluations, {name}", f"sweep, {name}", rates["separate"], rates["sweep"], "tasks·cells/s")
+
+
+def packed_rows(name: str, turns: int, say: Callable[[str], None]) -> list[Row]:
+    """A shard of several trials that differ in θ and inner rate: together against one after the other."""
+    config = job(name)
+    engine = Engine(config, [prepare(source, say) for source in config.data.sources])
+    episodes, ways, size = engine.tasks.sample(0, 0, engine.shard_tasks), engine.tasks.ways, engine.shard_tasks
+    rows: list[Row] = []
+    for count in PACKS:
+        built = [Engine(config.with_values(algorithm={"inner_lr": rate}), engine.tables) for rate in RATES[:count]]
+        methods = [one.algorithms.at(0) for one in built]
+        thetas = [{key: value * (1 + 0.01 * n) for key, value in engine.blueprint.theta.items()} for n in range(count)]
+        states = [engine.blueprint.state] * count
+        given = (methods, thetas, states)
+        contenders: dict[str, Callable[[], object]] = {
+            "separate": partial(_one_by_one, *given, episodes, ways),
+            "packed": partial(vectorised_packed, *given, episodes, ways, 0),
+        }
+        for contender in contenders.values():  # warm
+            contender()
+        spent = in_turn(contenders, turns)
+        rates = {which: [count * size / seconds for seconds in values] for which, values in spent.items()}
+        told = ", ".join(f"{which} {statistics.median(found):,.0f}" for which, found in rates.items())
+        say(f"{name}, {count} trials: {told} tasks/s")
+        names = f"{count} trials' shards in turn, {name}", f"packed {count}, {name}"
+        rows += pair(*names, rates["separate"], rates["packed"], "tasks/s")
+    return rows
+
+
+def _one_by_one(
+    methods: Sequence[Algorithm],
+    thetas: Sequence[Theta],
+    states: Sequence[State],
+    episodes: Episode,
+    ways: int,
+) -> list[Sums]:
+    each = zip(methods, thetas, states, strict=True)
+    return [vectorised(method, theta, state, episodes, ways, 0) for method, theta, state in each]
+
+
+def trial_rows(say: Callable[[str], None]) -> list[Row]:
+    """Whole trials on one core, start-up and validations and all: a process for each, or packed in one process."""
+    every: dict[str, list[float]] = {"alone": [], "packed": []}
+    for turn in range(TRIAL_TURNS):
+        with tempfile.TemporaryDirectory() as folder:
+            for which, function in (("alone", _processes), ("packed", _packed)):
+                began = time.perf_counter()
+                function(Path(folder))
+                every[which].append(3600 * len(TRIALS) / (time.perf_counter() - began))
+        say(f"turn {turn + 1}/{TRIAL_TURNS}: " + ", ".join(f"{k} {v[-1]:,.0f}" for k, v in every.items()) + " trials/h")
+    names = "one process per trial", f"packed {len(TRIALS)}, one process"
+    return pair(*names, every["alone"], every["packed"], "trials/h")
+
+
+def _processes(folder: Path) -> None:
+    path = folder / "job.yaml"
+    path.write_text(to_yaml(_trial_job()))
+    for n, rate in enumerate(TRIALS):
+        words = [str(path), f"algorithm.inner_lr={rate}", "--run-dir", str(folder / f"alone-{n}")]
+        _command("from metadist.cli import main; main()", "train", *words)
+
+
+def _packed(folder: Path) -> None:
+    path = folder / "search.yaml"
+    raw = _trial_job().model_dump(mode="json")
+    path.write_text(yaml.safe_dump({"search": {"space": {"algorithm.inner_lr": {"choice": list(TRIALS)}}}, **raw}))
+    _command(PACKED, str(path), str(folder / "packed"))
+
+
+PACKED = """
+import sys
+from pathlib import Path
+from metadist.search.job import load_search
+from metadist.search.packed import run_packed
+from metadist.search.state import Trial
+job = load_search(sys.argv[1])
+points = [{"algorithm.inner_lr": rate} for rate in job.search.space["algorithm.inner_lr"].choice]
+trials = [Trial(f"{n:03}", n, "random", point) for n, point in enumerate(points)]
+for end in run_packed(job, trials, Path(sys.argv[2]), lambda *_: "go", lambda line: None).values():
+    if isinstance(end, Exception):
+        raise end
+"""
+"""What a packed process does."""
+
+
+def _command(code: str, *words: str) -> None:
+    ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RunError(f"bench search: a trial ended with {ended.returncode}: {ended.stderr.strip().splitlines()[-1:]}")
+
+
+def _trial_job() -> Config:
+    """60 meta-steps of the quickstart with one query."""
+    return job("stride2").with_values(
+        task={"queries": 1, "meta_batch": 16, "shard": 8},
+        outer={"steps": 60, "lr": 5e-3},
+        cluster={"workers": 0},
+        eval={"every": 30, "val_episodes": 80, "test": False},
+        tracking={"uri": "off"},
+    )
 
 
 def in_turn(contenders: dict[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:

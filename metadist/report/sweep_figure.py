@@ -10,7 +10,7 @@ from metadist.durable import storage_errors
 from metadist.measure import ACCURACY, Measure
 from metadist.report.sweep_table import measure_of, place, shown, task
 
-WORST = 30
+WORST = 4
 """Times the best squared error from which on all are drawn alike."""
 
 
@@ -67,6 +67,9 @@ def save(found: Mapping[str, Any], path: Path) -> Path:
     bar.set_label(measure.name)
     if measure is ACCURACY:
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    else:
+        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        bar.ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
     figure.suptitle(f"{found['run']}: {task(found)}", fontsize=10, x=0.02, ha="left")
     panel.set_title(told, fontsize=8.5, loc="left")
     with storage_errors(path):

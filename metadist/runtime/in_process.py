@@ -2,28 +2,48 @@
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from metadist.config import Config
 from metadist.data.table import Table
-from metadist.engine.engine import Lane
+from metadist.engine.engine import Engine, Lane
 from metadist.engine.sweep import Setting
 from metadist.runtime import preemption
 from metadist.runtime.aggregator import Aggregator, Broadcast, Report, Snapshot
 from metadist.runtime.lanes import Lanes, carried
 from metadist.runtime.runtime import Counts, Later, NotFinite
-from metadist.runtime.worker import Worker
+from metadist.runtime.worker import Introduction, Worker
+
+
+class Computing(Protocol):
+    """What computes a run's shards and judges its tasks: a `Worker`, or what does so together with other runs."""
+
+    @property
+    def engine(self) -> Engine: ...
+
+    def introduce(self) -> Introduction: ...
+
+    def compute(
+        self, broadcast: Broadcast, step: int, attempt: int, shards: Sequence[int], *others: Any
+    ) -> tuple[Any, ...]: ...
+
+    def judge(
+        self, values: np.ndarray, judged: Setting, split: str, first: int, tasks: int
+    ) -> dict[str, np.ndarray]: ...
 
 
 class InProcess:
-    """`cluster.workers: 0`."""
+    """`cluster.workers: 0`. worker: the run's own without it."""
 
     workers = 0
 
-    def __init__(self, config: Config, tables: Sequence[Table], snapshot: Snapshot | None) -> None:
+    def __init__(
+        self, config: Config, tables: Sequence[Table], snapshot: Snapshot | None, worker: Computing | None = None
+    ) -> None:
         self.config = config
-        self.worker = Worker(config, [str(table.path) for table in tables])
+        self.worker: Computing = worker or Worker(config, [str(table.path) for table in tables])
         introduction = self.worker.introduce()
         self.aggregator = self._aggregator(snapshot)
         self.step, self.earlier = self.aggregator.step, list[Report]()

@@ -231,6 +231,20 @@ def test_the_command_says_what_evaluate_says(cli: Any, tiny_copy: Path) -> None:
     assert found["ci95"][2][2] == alone["ci95"]
 
 
+@pytest.mark.cluster
+def test_workers_say_what_one_process_says(cli: Any, tiny_copy: Path, cluster: Any) -> None:
+    words = ("--sweep", "algorithm.inner_lr=0.1,0.4,2", "--sweep", "algorithm.inner_steps=0,1,3")
+    found = []
+    for overrides in (("cluster.workers=0",), ("cluster.workers=2", f"cluster.address={cluster.address}")):
+        ended = cli("evaluate", tiny_copy, *overrides, *words)
+        assert ended.code == 0, ended.err
+        newest = max((tiny_copy / "sweeps").glob("val-*.json"))
+        found.append(json.loads(newest.read_text()))
+    assert found[0]["overrides"] != found[1]["overrides"]
+    for key in ("accuracy", "ci95", "loss", "trained", "best"):
+        assert found[0][key] == found[1][key]
+
+
 def test_the_command_refuses_in_one_line(refused: Any, tiny_run: Any) -> None:
     rate = ("--sweep", "algorithm.inner_lr=0.1,1")
     refused("evaluate", tiny_run.folder, "--sweep", "inner_lr=1", say=("inner_lr=1", "algorithm.inner_lr"))
