@@ -248,9 +248,7 @@ class Cluster(Tree):
         description="flat: workers' sums go straight to the aggregators; tree: they are added on each node first",
     )
     ship: bool = Field(True, description="send this package's code to the hosts of another's cluster")
-    silence: Rate = Field(
-        30.0, description="seconds without an answer after which an aggregator is given up and replaced"
-    )
+    silence: Rate = Field(30.0, description="seconds after which an aggregator that stands still is replaced")
     linger: NonNegative = Field(
         600.0, description="seconds that aggregators on another's cluster outlive their driver, for --resume; 0: none"
     )
@@ -262,6 +260,9 @@ class Cluster(Tree):
             raise ValueError(f"staleness: is read by cluster.strategy=async only, not by {strategy}")
         if strategy == "aggregator":
             return self
+        for key in ("silence", "linger"):
+            if getattr(self, key) != Cluster.model_fields[key].default:
+                raise ValueError(f"{key}: is read by cluster.strategy=aggregator only, not by {strategy}")
         if self.workers == 0:
             raise ValueError(
                 f"workers: 0 computes in the driver's process; cluster.strategy={strategy} needs 1 or more"

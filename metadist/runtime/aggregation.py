@@ -7,21 +7,31 @@ On a cluster that is not this run's own the aggregators are named and detached: 
 driver, and one that resumes the run finds them. Without a driver they end after `cluster.linger`.
 """
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from metadist.config import Config
 from metadist.engine.engine import Blueprint
-from metadist.runtime.aggregator import Aggregator, Position, Report, Snapshot, joined
+from metadist.runtime import aggregator, combiner
+from metadist.runtime.aggregator import Position, Report, Snapshot, joined
 from metadist.runtime.cluster import first_line
-from metadist.runtime.combiner import Combiner, Gathered
+from metadist.runtime.combiner import Gathered
 from metadist.runtime.cut import cut
 from metadist.runtime.runtime import AggregatorLost, Later, Say
-from metadist.runtime.watch import Watch
+from metadist.runtime.watch import Watch, Watched
 from metadist.runtime.worker import Receipt
 
 NAMESPACE = "metadist"
+
+
+class Aggregator(Watched, aggregator.Aggregator):
+    """As an actor."""
+
+
+class Combiner(Watched, combiner.Combiner):
+    """As an actor."""
 
 
 class Aggregation:
@@ -79,32 +89,37 @@ class Aggregation:
     def _look_after_them(self) -> None:
         cluster = self.config.cluster
         linger = cluster.linger if self._run is not None else None
-        everyone = lambda: [*self._actors, *self._combiners.values()]  # noqa: E731, short enough
-        self._watch = Watch(self.ray, everyone, cluster.silence, cluster.timeout, linger, self.say)
+        self._watch = Watch(self.ray, self._everyone, cluster.silence, linger, self.say)
+
+    def _everyone(self) -> list[Any]:
+        return [*self._actors, *self._combiners.values()]
 
     def end(self) -> None:
         """End all of them."""
         if self._watch is not None:
             self._watch.close()
             self._watch = None
-        for actor in [*self._actors, *self._combiners.values()]:
+        for actor in self._everyone():
             self.ray.kill(actor)
         self._actors.clear()
         self._combiners.clear()
         self._there.clear()
         self._acks.clear()
 
-    def _name(self, piece: int) -> str:
+    def _name(self, piece: int | str) -> str:
         return f"aggregator-{self._run}-{piece}"
 
     def _left_behind(self) -> list[Any]:
         """Aggregators of this run that are running, whoever started them."""
-        found: list[Any] = []
-        while self._run is not None:
-            try:
-                found.append(self.ray.get_actor(self._name(len(found)), namespace=NAMESPACE))
-            except ValueError:
-                break
+        if self._run is None:
+            return []
+        known = self.ray.util.list_named_actors(all_namespaces=True)
+        names = [one["name"] for one in known if one["namespace"] == NAMESPACE]
+        mine = [name for name in names if name.startswith(self._name(""))]
+        found = []
+        for name in sorted(mine, key=lambda name: int(name.rpartition("-")[2])):
+            with contextlib.suppress(ValueError):  # it ended meanwhile
+                found.append(self.ray.get_actor(name, namespace=NAMESPACE))
         return found
 
     def _positions(self, actors: Sequence[Any]) -> list[Position] | None:
@@ -112,7 +127,7 @@ class Aggregation:
 
         try:
             asked = [actor.position.remote() for actor in actors]
-            found: list[Position] = self.ray.get(asked, timeout=self.config.cluster.timeout)
+            found: list[Position] = self.ray.get(asked, timeout=self.config.cluster.silence)
         except (RayError, GetTimeoutError):
             return None
         return found or None
@@ -121,7 +136,8 @@ class Aggregation:
         """Whether they are at one step beyond `first` with no validation in between, nor the end: what these found
         died with the driver, so the run goes back to before them."""
         steps = {position.step for position in found}
-        if len(steps) != 1 or any(position.pieces != len(self.pieces) for position in found):
+        pieces = {len(found), *(position.pieces for position in found)}
+        if len(steps) != 1 or pieces != {len(self.pieces)}:
             return False
         (step,) = steps
         every, last = self.config.eval.every, self.config.outer.steps
@@ -131,9 +147,9 @@ class Aggregation:
 
     # --- a step --------------------------------------------------------------
 
-    def add(self, step: int, attempt: int, receipt: Receipt, sums: Sequence[Any], node: str | None) -> None:
+    def add(self, step: int, attempt: int, receipt: Receipt, sums: Sequence[Any], node: str) -> None:
         """Send the sums of a receipt's shards, one reference for each piece, on their way."""
-        if self._tree and node is not None:
+        if self._tree:
             if node not in self._combiners:
                 self._combiners[node] = self._combiner(node)
             self._there[node].update(receipt.summed)
@@ -148,15 +164,18 @@ class Aggregation:
         for actor, one, seal in zip(self._actors, sums, seals, strict=True):
             self._acks.append(actor.add.remote(step, attempt, shards, one, seal))
 
-    def gather(self, step: int, attempt: int) -> set[int]:
-        """When all shards are sent: bring the sums of the nodes to the aggregators; shards that were lost there."""
+    def gather(self, step: int, attempt: int) -> tuple[set[int], set[int]]:
+        """When all shards are sent: bring the sums of the nodes to the aggregators.
+
+        Returns shards whose sums were lost with a node, and those that a node did not count, as they were damaged.
+        """
         from ray.exceptions import RayError
 
         asked = {}
         for node in self._there:
             collect = self._combiners[node].collect.options(num_returns=1 + len(self.pieces))
             asked[node] = collect.remote(step, attempt, len(self.pieces))
-        lost: set[int] = set()
+        lost, damaged = set[int](), set[int]()
         for node, (told, *sums) in asked.items():
             expected = self._there.pop(node)
             try:
@@ -164,15 +183,17 @@ class Aggregation:
             except RayError as error:
                 self.say(f"the sum of a node was lost ({first_line(error)}); its shards are computed again")
                 del self._combiners[node]
-                gathered = Gathered((), ())
-            lost |= expected.difference(gathered.shards)
+                lost |= expected
+                continue
+            if missing := expected.difference(gathered.shards):
+                self.say(f"step {step}: sums were damaged on their way; shards {sorted(missing)} are computed again")
+                damaged |= missing
             if gathered.shards:
                 self._send(step, attempt, gathered.shards, gathered.seals, sums)
-        return lost
+        return lost, damaged
 
     def redo(self, step: int, attempt: int, exceeding: Iterable[int]) -> None:
         """Begin the step again with coarser exponents."""
-        self._there.clear()
         self.broadcast = tuple(actor.redo.remote(step, attempt, sorted(exceeding)) for actor in self._actors)
 
     def apply(self, step: int) -> Later:
@@ -183,10 +204,14 @@ class Aggregation:
         acks, self._acks = self._acks, []
 
         def later() -> Report:
-            from ray.exceptions import RayError
+            from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
             try:
-                self.ray.get(acks)
+                try:
+                    self.ray.get(acks)
+                except RayTaskError as error:  # a sum went with its host: the report says which shards are missing
+                    if not isinstance(error.cause, ObjectLostError):
+                        raise
                 found = _joined(self.ray.get([report for report, _ in applied]))
             except RayError as error:
                 raise aggregator_lost(error, f"step {step}: ") from error

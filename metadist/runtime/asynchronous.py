@@ -21,7 +21,7 @@ from metadist.runtime.cluster import check_resources, connect, disconnect
 from metadist.runtime.judging import judge
 from metadist.runtime.ledger import Call, Ledger, as_array, from_array, mean_of
 from metadist.runtime.pool import Came, Item, Pool, Shard
-from metadist.runtime.runtime import Counts, Later, NotFinite, Say
+from metadist.runtime.runtime import AggregatorLost, Counts, Later, NotFinite, Say
 from metadist.runtime.worker import Floats
 
 
@@ -37,13 +37,13 @@ class Asynchronous:
     """`cluster.strategy: async`."""
 
     def __init__(self, config: Config, tables: Sequence[Table], snapshot: Snapshot | None, say: Say) -> None:
-        self.config = config
+        self.config, self.say = config, say
         self.step, self.earlier = snapshot.step if snapshot else 0, list[Report]()
         self.ray, self._ours = connect(config.cluster)
-        self.pool = Pool(self.ray, config, [str(table.path) for table in tables], say, leave=self._left)
+        self.pool = Pool(self.ray, config, [str(table.path) for table in tables], say, self._left)
         self._blueprint = blueprint(config, tables)
         self._shards: dict[str, int] = {}
-        self._recomputed = 0
+        self._recomputed = self._damaged = 0
         try:
             check_resources(self.ray, config.cluster)
             self._start(snapshot)
@@ -100,8 +100,10 @@ class Asynchronous:
         while self._inbox and not self._ledger.complete:
             call, worker, floats = self._inbox.popleft()
             if floats.seal != sealed(floats.sums):
-                self._recomputed += 1
-                self._ledger.lose(call)
+                self.say(f"shard {call.number}: its sum was damaged on its way; it is computed again")
+                self._damaged += 1
+                if not self._ledger.fail(call, worker):
+                    raise AggregatorLost(f"shard {call.number}: its sum did not arrive whole, twice")
             elif not np.isfinite(floats.sums).all():
                 self._recomputed += 1
                 if not self._ledger.fail(call, worker):
@@ -161,7 +163,7 @@ class Asynchronous:
 
     def counts(self) -> Counts:
         there = {called: self._shards.get(called, 0) for called in self.pool.called.values()}
-        return Counts(there, self._recomputed, self._ledger.dropped)
+        return Counts(there, self._recomputed + self._damaged, self._ledger.dropped + self._damaged)
 
     def close(self) -> None:
         self.pool.close()

@@ -91,6 +91,7 @@ class InProcess:
         report, self._broadcast = self.aggregator.apply(step)
         assert not report.missing, "every shard was counted"
         self._lanes.advance()
+        self._lanes.settle()
         return lambda: report
 
     def snapshot(self) -> Callable[[], Snapshot]:

@@ -35,11 +35,11 @@ class OnRay:
         self.config, self.say = config, say
         self.step, self.earlier = snapshot.step if snapshot else 0, list[Report]()
         self.ray, self._ours = connect(config.cluster)
-        self.pool = Pool(self.ray, config, [str(table.path) for table in tables], say, self._near, self._left)
+        self.pool = Pool(self.ray, config, [str(table.path) for table in tables], say, self._left, self._near)
         self._shards: dict[str, int] = {}
         self._failures: dict[Item, int] = {}
         self._at: dict[int, str] = {}
-        self._recomputed = self._duplicates = self._attempt = 0
+        self._recomputed = self._duplicates = self._attempt = self._damages = 0
         self._begun = -1
         # A lane's state is this driver's: it dies with it, and so does the step that the aggregator is at.
         run = None if config.cluster.address == "local" or config.outer.remembers else run
@@ -68,7 +68,7 @@ class OnRay:
     # --- a step --------------------------------------------------------------
 
     def begin(self, step: int) -> None:
-        self._attempt, self._begun = 0, step
+        self._attempt, self._begun, self._damages = 0, step, 0
         self._open(step, range(self.config.lanes))
 
     def _open(self, step: int, shards: Sequence[int]) -> None:
@@ -95,8 +95,7 @@ class OnRay:
             for came in self.pool.events():
                 self._take(step, came)
             if not dispatcher.open:
-                lost = self._sums.gather(step, self._attempt)
-                self._discount(lost)
+                lost = self._gathered(step)
                 dispatcher.add(Shard(step, self._attempt, shard) for shard in sorted(lost))
             if not dispatcher.open and self._exceeding:
                 self._recomputed += self.config.lanes
@@ -104,6 +103,16 @@ class OnRay:
                 self._attempt += 1
                 self._open(step, range(self.config.lanes))
             self._hand_out()
+
+    def _gathered(self, step: int) -> set[int]:
+        """Shards whose sums were lost or damaged on their node."""
+        gone, damaged = self._sums.gather(step, self._attempt)
+        self._duplicates += len(damaged)
+        self._damages += bool(damaged)
+        if self._damages > 1:
+            raise AggregatorLost(f"step {step}: shards {sorted(damaged)} did not reach their node's sum whole, twice")
+        self._discount(gone | damaged)
+        return gone | damaged
 
     def _take(self, step: int, came: Came) -> None:
         """Count a worker's sum of some shards; all of it or, where some of them count already, nothing."""
@@ -131,7 +140,7 @@ class OnRay:
         if receipt.summed:
             called = self.pool.called[came.worker]
             self._shards[called] = self._shards.get(called, 0) + len(receipt.summed)
-            node = self.pool.nodes.get(came.worker)
+            node = self.pool.nodes[came.worker]
             self._sums.add(items[0].step, items[0].attempt, receipt, came.sent[:pieces], node)
 
     def _drop(self, came: Came) -> None:
@@ -176,11 +185,14 @@ class OnRay:
 
         Nothing has moved. The next step may have begun: it begins again.
         """
-        self.say(f"step {step}: a sum was damaged on its way; shards {[*missing]} are computed again")
+        self.say(f"step {step}: a sum was damaged or lost on its way; shards {[*missing]} are computed again")
         self.pool.forget()  # shards of the next step, for which there was no θ
         self._lanes.back()
-        self._discount(missing)
         self._attempt = attempt
+        if len(self._sums.pieces) > 1:  # some have what others miss: all of it anew
+            self._sums.redo(step, attempt, ())
+            self._attempt, missing = attempt + 1, range(self.config.lanes)
+        self._discount(missing)
         self._open(step, missing)
         try:
             self.finish(step)
@@ -245,7 +257,7 @@ class OnRay:
 
     def counts(self) -> Counts:
         there = {called: self._shards.get(called, 0) for called in self.pool.called.values()}
-        return Counts(there | self._shards, self._recomputed, self._duplicates)
+        return Counts(there, self._recomputed, self._duplicates)
 
     def close(self) -> None:
         self.pool.close()

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 from metadist.config import Config
 from metadist.engine.fingerprint import differences
 from metadist.errors import ClusterError, MetadistError
+from metadist.runtime import worker
 from metadist.runtime.cluster import first_line, free, reserved, room
 from metadist.runtime.dispatcher import Dispatcher
 from metadist.runtime.runtime import AggregatorLost, Say
-from metadist.runtime.worker import Introduction, Worker
+from metadist.runtime.worker import Introduction
 
 WAITING = 10.0
 """Seconds between two lines about what is waited for, and those for workers that the run can begin without."""
@@ -25,7 +26,7 @@ MOST_DEATHS_IN_A_ROW = 5
 
 
 class Shard(NamedTuple):
-    """A shard of a meta-step; a step that is done again with coarser exponents is a new attempt."""
+    """A shard of a meta-step. attempt: of a step that is done again with coarser exponents; of async, of a shard."""
 
     step: int
     attempt: int
@@ -60,11 +61,21 @@ class Came(NamedTuple):
     sent: Sequence[Any]
 
 
+class Worker(worker.Worker):
+    """As an actor. Ray Client calls nothing but methods of the actor's class."""
+
+    def introduced(self) -> tuple[Introduction, str]:
+        """Who it is, and the node it runs on."""
+        import ray
+
+        return self.introduce(), ray.get_runtime_context().get_node_id()
+
+
 class Pool:
     """`cluster.workers` of them, by name: worker-0, worker-1, …
 
-    near: the worker that has what an item needs, if one does. leave: told of a worker that is gone, returns what is
-    computed again; by default what the dispatcher had given it.
+    leave: told of a worker that is gone, returns what is computed again. near: the worker that has what an item
+    needs, if one does.
     """
 
     def __init__(
@@ -73,8 +84,8 @@ class Pool:
         config: Config,
         paths: Sequence[str],
         say: Say,
+        leave: Callable[[str], Sequence[Item]],
         near: Callable[[Item], str | None] = lambda item: None,
-        leave: Callable[[str], Sequence[Item]] | None = None,
     ) -> None:
         self.ray, self.config, self.paths, self.say = ray, config, paths, say
         self.dispatcher: Dispatcher[Item] = Dispatcher(config.cluster.backup, near=near)
@@ -85,7 +96,7 @@ class Pool:
         self.called: dict[str, str] = {}
         self.fingerprint: dict[str, str] = {}
         self.hardware: dict[str, Any] = {}
-        self._leave = leave or self.dispatcher.leave
+        self._leave = leave
         self._arriving: dict[Any, str] = {}
         self._born = self._deaths = 0
         self._alone_since: float | None = None
@@ -139,7 +150,7 @@ class Pool:
             self._place_of[name] = self._places.pop(0)
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, self._place_of[name])
         self.actors[name] = self.ray.remote(Worker).options(**options).remote(self.config, self.paths)
-        self._arriving[self.actors[name].__ray_call__.remote(_introduced)] = name
+        self._arriving[self.actors[name].introduced.remote()] = name
 
     def _first_workers(self) -> None:
         """Wait for as many workers as the run needs, and some seconds for those that come with them."""
@@ -259,10 +270,3 @@ class Pool:
                 came.append(Came(name, asked.items, value, asked.sent))
                 self._deaths = 0
         return came
-
-
-def _introduced(worker: Worker) -> tuple[Introduction, str]:
-    """In the actor: who it is, and the node it runs on."""
-    import ray
-
-    return worker.introduce(), ray.get_runtime_context().get_node_id()

@@ -54,14 +54,15 @@ def noticed(grace: float) -> Iterator[None]:
     over = threading.Event()
     clock = threading.Thread(target=_keep_time, args=(reads, over, grace), name="preemption", daemon=True)
     clock.start()
-    handler = signal.signal(signal.SIGTERM, _notice)
     wakes = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+    handler = signal.signal(signal.SIGTERM, _notice)
     try:
         yield
     finally:
-        signal.set_wakeup_fd(wakes)
         signal.signal(signal.SIGTERM, handler)
+        signal.set_wakeup_fd(wakes)
         over.set()
+        written.shutdown(socket.SHUT_RDWR)  # also where a child has the other end
         written.close()
         clock.join()
         reads.close()

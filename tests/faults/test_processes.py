@@ -132,7 +132,7 @@ def test_a_worker_ten_times_slower_is_worked_around_and_its_late_results_are_dro
     alone, slow, longest = statistics.median(seconds[27:34]), statistics.median(seconds[11:24]), max(seconds[11:24])
     told = f"{slow / alone:.2f} × a step of the other one alone at the median, {longest / alone:.2f} × at most"
     measured("one worker of two 10 × slower", longest, told)
-    assert slow < 5 * alone, "without copies it would be ten times that of both"
+    assert slow < 2.5 * alone, "without copies it would be 3.75 times"
 
 
 def test_the_aggregator_killed_before_during_and_after_an_outer_step(
@@ -196,7 +196,7 @@ def test_an_aggregator_that_stands_still_is_replaced(
     run = tmp_path / "run"
     keys = ("cluster.silence=3", f"cluster.sums={sums}")
     result = train(tiny(*long_overrides, *two_workers, *keys), "long", run).result
-    assert capsys.readouterr().err.count("said nothing for 3 s: ended") == len(deeds)
+    assert capsys.readouterr().err.count("stood still; it is ended") == len(deeds)
     assert result["theta_sha256"] == long_hash
     assert 0 < result["steps_recomputed"] <= 10
     measured(f"aggregator stopped for ever, noticed after 3 s ({sums})", longest_gap(run, done[37], done[37] + 0.01))

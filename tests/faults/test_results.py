@@ -61,7 +61,12 @@ def test_results_that_come_twice_late_and_in_any_order(
     assert sum(result["shards_by_worker"].values()) == 12 * 4, "each shard is counted once"
 
 
-WAYS = {"flat": (), "pieces": ("cluster.aggregators=2",), "payloads": ("outer.compression=int8",)}
+WAYS = {
+    "flat": (),
+    "tree": ("cluster.sums=tree",),
+    "pieces": ("cluster.aggregators=2",),
+    "payloads": ("outer.compression=int8",),
+}
 
 
 @pytest.mark.parametrize("way", [way if way == "flat" else pytest.param(way, marks=pytest.mark.chaos) for way in WAYS])
@@ -77,10 +82,11 @@ def test_a_damaged_sum_is_never_counted(
     def take(self: OnRay, step: int, came: Any) -> None:
         if step in (6, 9) and step not in damaged and came.value.summed:
             damaged.append(step)
-            *others, last = came.sent[: len(self._sums.pieces)]
-            changed = self.ray.get(last).copy()
+            sent, piece = list(came.sent), 0 if step == 9 else len(self._sums.pieces) - 1
+            changed = self.ray.get(sent[piece]).copy()
             changed[5] ^= 1 << (33 if changed.dtype == "int64" else 3)
-            came = came._replace(sent=[*others, self.ray.put(changed), *came.sent[len(self._sums.pieces) :]])
+            sent[piece] = self.ray.put(changed)
+            came = came._replace(sent=sent)
         real(self, step, came)
 
     monkeypatch.setattr(OnRay, "_take", take)
