@@ -1,9 +1,10 @@
-"""What is cheaper than brute force in a search: a sweep, and packed trials.
+"""What a search costs beside its trials; and what is cheaper than brute force: a sweep, and packed trials.
 
 The contenders are measured in turn, so that a machine whose speed drifts favours none of them, and each ratio is the
-median of the ratios within a turn. All of it on one core, in this process, without Ray.
+median of the ratios within a turn. All but the search itself is on one core, without Ray.
 """
 
+import importlib.util
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from metadist.engine.packed import vectorised_packed
 from metadist.engine.shard import Sums, vectorised
 from metadist.engine.sweep import Grid
 from metadist.errors import RunError
+from metadist.search.ledger import read_ledger
 from metadist.tasks.episode import Episode
 
 TURNS = 5
@@ -53,9 +55,9 @@ def job(name: str) -> Config:
 
 
 def run(say: Callable[[str], None]) -> list[Row]:
-    """The suite; some five minutes."""
+    """The suite; some seven minutes."""
     rows = [row for name in JOBS for row in (*sweep_rows(name, TURNS, say), *packed_rows(name, TURNS, say))]
-    return [*rows, *trial_rows(say)]
+    return [*rows, *trial_rows(say), *overhead_rows(say)]
 
 
 def sweep_rows(name: str, turns: int, say: Callable[[str], None]) -> list[Row]:
@@ -137,6 +139,38 @@ def trial_rows(say: Callable[[str], None]) -> list[Row]:
         say(f"turn {turn + 1}/{TRIAL_TURNS}: " + ", ".join(f"{k} {v[-1]:,.0f}" for k, v in every.items()) + " trials/h")
     names = "one process per trial", f"packed {len(TRIALS)}, one process"
     return pair(*names, every["alone"], every["packed"], "trials/h")
+
+
+def overhead_rows(say: Callable[[str], None]) -> list[Row]:
+    """Eight equal trials, two at once: from the first one's start to the last one's end, beside half of what they took.
+
+    Without the start of Ray. None where Ray is not installed.
+    """
+    if importlib.util.find_spec("ray") is None:
+        say("without Ray there is no search to measure")
+        return []
+    with tempfile.TemporaryDirectory() as name:
+        folder, path = Path(name) / "search", Path(name) / "search.yaml"
+        path.write_text(yaml.safe_dump({"search": EIGHT, **_trial_job().model_dump(mode="json")}))
+        _command("from metadist.cli import main; main()", "search", str(path), "--run-dir", str(folder))
+        events = read_ledger(folder / "ledger.jsonl")
+    began = next(event["seconds"] for event in events if event["event"] == "trial")
+    ends = [event for event in events if event["event"] == "end"]
+    half = sum(event["facts"]["seconds"] for event in ends) / 2
+    wall = max(event["seconds"] for event in ends) - began
+    plain = f"half the time of {len(ends)} trials"
+    say(f"{len(ends)} trials two at once: {wall:.1f} s, {plain} {half:.1f} s")
+    return [
+        Row(plain, half, "s", None, None, 1),
+        Row("a search of them, two at once", wall, "s", plain, wall / half, 1),
+    ]
+
+
+EIGHT = {
+    "space": {"algorithm.inner_lr": {"loguniform": [0.5, 3]}}, "searcher": "random", "scheduler": "fifo", "trials": 8,
+    "concurrent": 2, "finalists": 1, "selection": 20, "fresh": 20,
+}  # fmt: skip
+"""Of trials that take equally long."""
 
 
 def _processes(folder: Path) -> None:

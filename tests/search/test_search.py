@@ -267,26 +267,3 @@ def test_an_interrupted_search_goes_on(
     assert command("search", "--resume", folder, "search.trials=3", "search.concurrent=1") == 0
     assert hows(trials_in(folder)) == ["finished", "finished", "diverged"]
     assert_each_is_a_run(folder, tmp_path)
-
-
-EQUAL = (
-    "search.space={algorithm.inner_lr: {loguniform: [0.5, 3]}}", "search.conditions=[]", "search.searcher=random",
-    "search.startup=null", "search.scheduler=fifo", "search.grace=null", "search.trials=8", "search.concurrent=2",
-    "search.selection=50", "search.fresh=50", "eval.episodes=50", "outer.steps=120",
-)  # fmt: skip
-"""Of the packaged search: eight trials of equal cost."""
-
-
-@pytest.mark.own_cluster
-@pytest.mark.chaos
-@pytest.mark.timeout(1200)
-def test_overhead(tmp_path: Path, command: Callable[..., int]) -> None:
-    """From the first trial's start to the last one's end, start-up of Ray aside: at most 1.15 of half their sum."""
-    folder = tmp_path / "search"
-    assert command("search", "search-inner-loop", *EQUAL, "--run-dir", folder) == 0
-    events = read_ledger(folder / "ledger.jsonl")
-    began = next(event["seconds"] for event in events if event["event"] == "trial")
-    ends = [event for event in events if event["event"] == "end"]
-    assert [event["how"] for event in ends] == ["finished"] * 8
-    wall = max(event["seconds"] for event in ends) - began
-    assert wall <= 1.15 * sum(event["facts"]["seconds"] for event in ends) / 2
