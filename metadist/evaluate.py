@@ -37,7 +37,7 @@ def evaluate(run_dir: Path, overrides: Sequence[str], *, best: bool, split: str)
     flat = blueprint.values.flatten({name: values[name] for name in blueprint.values.names}).numpy()
     runtime = start(config, tables, None, print)
     try:
-        first, *others = settings(config, _done(run_dir) if best else None)
+        first, *others = settings(config)
         found = {
             "run": run_dir.name,
             "overrides": list(overrides),
@@ -66,7 +66,7 @@ def sweep(
     if "eval.also" in given:
         raise ConfigError("eval.also: is not read with --sweep, whose cells are one evaluation each; leave it out")
     asked = [*overrides] if "eval.episodes" in given else [*overrides, f"eval.episodes={SWEEP_EPISODES}"]
-    grid = read_grid(words, judged_config(run_dir, asked), given)
+    grid = read_grid(words, judged_config(run_dir, asked, best), given)
     state = "best.safetensors" if best else "theta.safetensors"
     config, tables, values = trained(run_dir, split, asked, state)
     blueprint = blueprint_of(config, tables)
@@ -74,7 +74,7 @@ def sweep(
     runtime = start(config, tables, None, print)
     try:
         began = time.perf_counter()
-        cells = swept(runtime, grid._replace(judged=config), load(run_dir / "config.yaml"), flat, split)
+        cells = swept(runtime, grid._replace(judged=config), trained_config(run_dir, best), flat, split)
         found = {
             "run": run_dir.name,
             "overrides": list(overrides),
@@ -99,6 +99,13 @@ def _written(folder: Path, split: str, found: dict[str, Any]) -> Path:
     return path
 
 
+def trained_config(run_dir: Path, best: bool) -> Config:
+    """A run's config as it was in the last step of its last, or its best, state."""
+    config = load(run_dir / "config.yaml")
+    done = _done(run_dir) if best else None
+    return config.at((done or config.outer.steps) - 1)
+
+
 def _done(run_dir: Path) -> int | None:
     """Meta-steps of the best state on validation."""
     result = run_dir / "result.json"
@@ -112,7 +119,7 @@ def trained(
     """A finished run's config with overrides, its data, and its trained values by name."""
     if split not in ("test", "val"):
         raise ConfigError(f"--split: {split!r} is no split to judge on; valid: test, val")
-    config = judged_config(run_dir, overrides)
+    config = judged_config(run_dir, overrides, state == "best.safetensors")
     theta = run_dir / state
     if not theta.is_file():
         raise RunError(f"{run_dir}: holds no {theta.name}; finish the run with `metadist train --resume {run_dir}`")
@@ -125,11 +132,14 @@ def trained(
         ) from error
 
 
-def judged_config(run_dir: Path, overrides: Sequence[str]) -> Config:
-    """The run's config with the evaluation's overrides; what would need another training is refused."""
+def judged_config(run_dir: Path, overrides: Sequence[str], best: bool = False) -> Config:
+    """The run's config with the evaluation's overrides; what would need another training is refused.
+
+    Of a run with stages the keys of the last step of the state that is judged.
+    """
     if not (run_dir / "config.yaml").is_file():
         raise RunError(f"{run_dir}: is no run folder, it has no config.yaml")
-    before = load(run_dir / "config.yaml")
+    before = trained_config(run_dir, best)
     raw = before.model_dump()
     raw["eval"].update(test=True, also=[])
     config = resolve(validate(apply_overrides(raw, overrides), "override"))

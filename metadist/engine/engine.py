@@ -148,7 +148,7 @@ class Engine:
         how many tasks are asked for.
         """
         judged = setting.judged if isinstance(setting, Grid) else setting
-        key = (split, judged.eval.model_dump_json())
+        key = (split, judged.eval.model_dump_json() + judged.algorithm.model_dump_json())  # of its stage
         if key not in self._judged:
             sampler = evaluation_tasks(judged, self.tables, split, self.device)
             self._judged[key] = (sampler, algorithms.for_evaluation(judged, sampler.shape, self.tasks.classes))

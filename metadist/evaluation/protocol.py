@@ -56,7 +56,7 @@ def check(config: Config, tables: list[Any]) -> None:
 
 def validation_settings(config: Config, done: int) -> Config:
     """What runs behind `done` meta-steps."""
-    return settings(config, done)[0]
+    return settings(config, done)[0].with_values(eval={"draw": 0})  # the same for all runs, whatever they are judged on
 
 
 def meta_test(judge: Judge, setting: Config, values: np.ndarray | None, split: str = "test") -> dict[str, Any]:

@@ -11,6 +11,8 @@ from metadist.runtime.run_folder import run_name
 KEPT = ("checkpoints", "metrics.parquet")
 """Of the donor's folder. What it is called, and who trains in it, is the member's own."""
 
+TRACKED = "tracking.json"
+
 
 def graft(donor: Path, member: Path, config: Config) -> None:
     """Make `member` a run of `config` that stands where `donor` stands. Done again, it comes to the same.
@@ -25,6 +27,8 @@ def graft(donor: Path, member: Path, config: Config) -> None:
         for name in KEPT:
             source = donor / name
             (shutil.copytree if source.is_dir() else shutil.copy2)(source, fresh / name)
+        if (member / TRACKED).is_file():  # in MLflow it is the same trial still
+            shutil.copy2(member / TRACKED, fresh / TRACKED)
         write(fresh / "config.yaml", to_yaml(config).encode())
         write(fresh / "name", run_name(member).encode())
         if member.exists():

@@ -68,18 +68,16 @@ def load_search(job: str | Path, overrides: Sequence[str] = ()) -> SearchJob:
     """Read and check a search's job file with `key.path=value` words applied. Raises ConfigError."""
     path = find_job(str(job))
     values = dict(map(parse_override, overrides))
-    raw = with_keys(read_yaml(path), values)
-    if not isinstance(raw.get("search"), dict):
-        raise ConfigError(
-            f"{job}: has no section search, so there is nothing to search; `metadist train {job}` trains it"
-        )
-    return checked(raw, str(job))
+    return checked(with_keys(read_yaml(path), values), str(job))
 
 
 def checked(raw: dict[str, Any], origin: str) -> SearchJob:
     """The job of a raw mapping."""
-    section = raw.pop("search")
-    base = _judged_alike(_resolved(validate(raw, origin), section.get("concurrent")))
+    section = raw.pop("search", None)
+    if not isinstance(section, dict):
+        raise ConfigError(f"{origin}: has no section search, so there is nothing to search; `metadist train` trains it")
+    given = validate(raw, origin)
+    base = _judged_alike(_resolved(given, section.get("concurrent")))
     try:
         search = Search.model_validate(section)
         search.fits(base)
@@ -90,6 +88,10 @@ def checked(raw: dict[str, Any], origin: str) -> SearchJob:
         raise ConfigError(f"{origin}: {told}") from error
     except ValueError as error:
         raise ConfigError(f"{origin}: {error}") from error
+    if given.task.shard == "auto" and "task.meta_batch" in search.space:
+        base = base.with_values(task={"shard": "auto"})  # each meta-batch has its own
+    if base.stages:
+        raise ConfigError(f"{origin}: stages: a search makes its own; leave them out")
     check_space(base.model_dump(), search.space)
     _check_conditions(search, base)
     if search.scheduler == "pbt":
@@ -156,6 +158,11 @@ def refuse_changed_search(before: SearchJob, after: SearchJob) -> None:
         raise ConfigError(
             f"search.trials: was {before.search.trials} and cannot become {after.search.trials} on resume; "
             f"there can only be more"
+        )
+    if after.search.scheduler == "pbt" and after.search.trials != before.search.trials:
+        raise ConfigError(
+            f"search.trials: was {before.search.trials} and cannot become {after.search.trials} on resume; a "
+            f"population trains its generations together"
         )
     refuse_changed_mathematics(before.base, after.base)
 

@@ -287,8 +287,8 @@ class _Stopper(Stopper):
 
 def _why_it_died(error: Exception | None) -> str:
     if isinstance(error, RayTaskError):  # it lives, and raised
-        line = str(error.cause or error).strip().splitlines()[-1]
-        return f"{type(error.cause).__name__}: {line}"
+        lines = str(error.cause or error).strip().splitlines()
+        return ": ".join([type(error.cause).__name__, *lines[-1:]])
     if isinstance(error, OutOfMemoryError) or "running low on memory" in str(error):
         return "its process was ended because the node ran out of memory"
     return "its process died"

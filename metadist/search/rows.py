@@ -61,7 +61,7 @@ def _row(job: SearchJob, trial: Trial, rung: int, judged: Mapping[str, Any]) -> 
         "steps": max(end.step if end else 0, last.step if last else 0),
         "score": measured.get("score"),
         "ci95": measured.get("ci95"),
-        "early": trial.score_at(rung),
+        "early": None if trial.stages else trial.score_at(rung),  # under other values than these
         "selection": judged.get("score"),
         "selection_ci95": judged.get("ci95"),
         **{name: _fact(kind, facts.get(name, measured.get(name))) for name, kind in FACTS.items()},

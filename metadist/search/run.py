@@ -10,7 +10,7 @@ from itertools import islice, product
 from pathlib import Path
 
 from metadist.config import Elastic, parse_override, read_yaml, with_keys
-from metadist.durable import storage_errors, write, write_folder
+from metadist.durable import storage_errors, write
 from metadist.errors import ConfigError, Interrupted, RunError, StorageError
 from metadist.run import TRACKING_SECONDS, checked_tables
 from metadist.runtime.cluster import check_resources, connect, disconnect
@@ -41,7 +41,11 @@ def search(job: str | Path, overrides: Sequence[str] = (), run_dir: Path | None 
     checked_tables(loaded.base, _say)  # once, before trials would build them all at the same time
     with storage_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    write_folder(folder, {JOB: to_yaml(loaded).encode()})
+        try:
+            folder.mkdir()
+        except FileExistsError:  # another search was quicker
+            refuse(loaded, folder)
+    write(folder / JOB, to_yaml(loaded).encode())
     _go_on(loaded, folder)
     return folder
 
@@ -117,8 +121,7 @@ def _connected(job: SearchJob) -> Iterator[None]:
     each = max(1, cluster.most)
     ray, ours = connect(cluster.model_copy(update={"workers": job.search.concurrent * each}))
     try:
-        if cluster.address != "local":
-            check_resources(ray, cluster.model_copy(update={"workers": each}))
+        check_resources(ray, cluster.model_copy(update={"workers": each}))
         yield
     finally:
         if ours:
@@ -144,8 +147,13 @@ def _interruptible(folder: Path) -> Iterator[None]:
 
 
 def fresh_name(job: str) -> Path:
-    """`searches/JOB-DATE-TIME`."""
-    return Path("searches") / f"{Path(job).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    """`searches/JOB-DATE-TIME`, with a number behind it where that exists."""
+    name = f"{Path(job).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    path, number = Path("searches") / name, 1
+    while path.exists():
+        number += 1
+        path = Path("searches") / f"{name}-{number}"
+    return path
 
 
 def refuse(job: SearchJob, folder: Path) -> None:
@@ -162,6 +170,10 @@ def _refuse_place(job: SearchJob) -> None:
     cluster, device = job.base.cluster, job.base.engine.device
     if isinstance(cluster.workers, Elastic):
         raise ConfigError("cluster.workers: a trial's placement group has one size; valid is a whole number")
+    if cluster.strategy == "async":
+        raise ConfigError(
+            "cluster.strategy: async has no bits that a winner could be trained to again; valid: aggregator, allreduce"
+        )
     if cluster.address.startswith("ray://"):
         raise ConfigError(
             f"cluster.address: {cluster.address} keeps the driver outside of the cluster, where the trials' folders "

@@ -167,6 +167,8 @@ def _meets(demand: Demand, value: Any) -> bool:
 
 def read_space(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Domain]:
     """The domains of `search.space`, by dotted key; sections may be nested or dotted. Raises ConfigError."""
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"search.space: {raw!r} is no space; valid is {{KEY: {{choice: [1, 3, 5]}}}}")
     found: dict[str, Domain] = {}
     for name, entry in raw.items():
         key = f"{prefix}{name}"
@@ -233,7 +235,8 @@ def _never(base: Mapping[str, Any], space: Mapping[str, Domain], key: str, value
             return ""
         except ConfigError as error:
             cause = error.__cause__
-            assert isinstance(cause, ValidationError)
+            if not isinstance(cause, ValidationError):
+                return str(error).removeprefix(f"{key}: ")
             if all(one["type"] == "value_error" for one in cause.errors()):
                 return ""  # a combination: others may go with it
             problem = str(error).removeprefix("search.space: ").removeprefix(f"{key}: ")

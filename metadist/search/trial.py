@@ -5,7 +5,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from json import dumps
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,11 +40,12 @@ def trial_config(job: SearchJob, trial: Trial) -> Config:
     """
     config = job.run_of(trial)
     place = {"address": "auto"} if config.cluster.most else {}
+    quiet = {"linger": 0.0} if config.cluster.strategy == "aggregator" else {}
     return config.with_values(
         eval={"test": False},
         tracking={"uri": "off"},
         checkpoint={"every": config.eval.every},
-        cluster={**place, "linger": 0.0, "placement": "any"},
+        cluster={**place, **quiet, "placement": "any"},
     )
 
 
@@ -77,8 +78,9 @@ class _Attempt:
             print(f"{ended.how}: {ended.reason}", flush=True)
         step, facts = self._facts()
         if ended.how in ("finished", "stopped"):
-            config = trial_config(self.job, self.trial)
-            facts["adaptation_mflop"] = adaptation_mflop(config, run.checked_tables(config, print))
+            with suppress(MemoryError, RuntimeError):  # it is a fact less, no other end
+                config = trial_config(self.job, self.trial)
+                facts["adaptation_mflop"] = adaptation_mflop(config, run.checked_tables(config, print))
         return End(ended.how, step, ended.reason, facts)
 
     def _ended(self) -> _Ended:

@@ -15,12 +15,13 @@ from metadist.evaluate import evaluate
 from metadist.evaluation.protocol import settings, validation_settings
 from metadist.run import resume, train
 from metadist.runtime.in_process import InProcess
+from metadist.runtime.journal import read_metrics
 
 Make = Callable[..., Config]
 SECOND = {"algorithm.inner_lr": 0.1, "algorithm.inner_steps": 2, "outer.lr": 0.004}
 THIRD = {"outer.lr": 0.0005, "outer.clip": 0.05, "outer.weight_decay": 0.01, "algorithm.order": 1}
 STAGES = f"stages=[{{at: 5, set: {SECOND}}}, {{at: 9, set: {THIRD}}}]"
-WORDS = ("outer.optimizer=adamw", "outer.schedule=cosine")
+WORDS = ("outer.optimizer=adamw", "outer.schedule=cosine", "eval.every=4")
 
 
 def by_hand(config: Config, parts: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
@@ -55,6 +56,11 @@ def test_stages_are_runs_one_behind_the_other(staged: Any, tiny: Make) -> None:
     assert any(value.tobytes() != other[name].tobytes() for name, value in found.items()), "one step later is another θ"
 
 
+def validated(run: Path) -> list[tuple[int, float]]:
+    rows = read_metrics(run / "metrics.parquet")
+    return [(int(row["step"]), row["val_accuracy"]) for row in rows if "val_accuracy" in row]
+
+
 @pytest.mark.parametrize("until", [4, 8])
 def test_a_resume_between_and_behind_the_stages(until: int, staged: Any, tmp_path: Path) -> None:
     run = Path(shutil.copytree(staged.folder, tmp_path / "run"))
@@ -63,7 +69,10 @@ def test_a_resume_between_and_behind_the_stages(until: int, staged: Any, tmp_pat
     for path in (run / "checkpoints").glob("step-*"):
         if int(path.name[5:]) > until:
             shutil.rmtree(path)
-    assert resume(run, []).result["theta_sha256"] == staged.result["theta_sha256"]
+    result = resume(run, []).result
+    assert result["theta_sha256"] == staged.result["theta_sha256"]
+    assert result["best"] == staged.result["best"]
+    assert validated(run) == validated(staged.folder), "each with the keys of its step, whoever validated before"
 
 
 @pytest.mark.cluster
