@@ -102,6 +102,7 @@ def test_a_frozen_worker_is_worked_around_and_its_late_results_are_dropped(
     assert frozen_step < max(5.0, 5 * alone), "without copies it would last for ever"
 
 
+@pytest.mark.chaos
 def test_a_worker_ten_times_slower_is_worked_around_and_its_late_results_are_dropped(
     tiny: Make, slow_hash: str, two_workers: tuple[str, str], before_step: Any, measured: Any, tmp_path: Path
 ) -> None:

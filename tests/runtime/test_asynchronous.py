@@ -20,6 +20,7 @@ pytestmark = pytest.mark.cluster
 Make = Callable[..., Config]
 
 
+@pytest.mark.chaos
 def test_one_worker_is_slow_and_one_is_killed(
     tiny: Make, cluster: Any, find_processes: Any, tmp_path: Path, cli: Any, refused: Any
 ) -> None:

@@ -98,6 +98,7 @@ def test_a_killed_driver_with_workers(
     assert not (tmp_path / "home" / ".ray").exists()
 
 
+@pytest.mark.chaos
 @pytest.mark.own_cluster
 def test_killed_workers(
     start_cli: Callable[..., Any], long_job: Path, long_hash: str, tmp_path: Path, wait_until: Callable[..., Any],
@@ -171,6 +172,7 @@ def test_a_validation_is_not_broken_off(
     assert [step + 1 for step, value in enumerate(told) if value is not None] == [6, 12]
 
 
+@pytest.mark.chaos
 @pytest.mark.own_cluster
 def test_a_preempted_driver_with_workers(
     start_cli: Callable[..., Any], long_job: Path, tmp_path: Path, wait_until: Callable[..., Any],

@@ -250,6 +250,7 @@ def test_any_number_of_workers(mode: str, workers: int, on_cluster: Make, calm: 
     assert found["bytes_per_step"] == expected["bytes_per_step"]
 
 
+@pytest.mark.chaos
 @pytest.mark.cluster
 def test_a_killed_worker_and_a_lane_that_is_lost(
     on_cluster: Make, calm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

@@ -51,7 +51,7 @@ def gone_on(run: Path, capfd: pytest.CaptureFixture[str], **changed: Any) -> tup
 
 @pytest.mark.parametrize(
     "keys",
-    [pytest.param((), id="one", marks=pytest.mark.chaos), pytest.param(("cluster.aggregators=2",), id="pieces")],
+    [pytest.param((), id="one"), pytest.param(("cluster.aggregators=2",), id="pieces", marks=pytest.mark.chaos)],
 )
 def test_the_next_driver_goes_on_where_the_last_one_died(
     keys: tuple[str, ...], killed: Callable[..., Path], long_hash: str, capfd: pytest.CaptureFixture[str]

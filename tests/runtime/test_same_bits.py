@@ -161,6 +161,7 @@ def kill_actor(cluster: Any, find: Callable[..., Any], name: str, when: Callable
     return thread
 
 
+@pytest.mark.chaos
 def test_a_killed_aggregator(
     on_cluster: Make, long_hash: str, long_overrides: tuple[str, ...], cluster: Any, find_processes: Any,
     tmp_path: Path, capsys: pytest.CaptureFixture[str],

@@ -100,6 +100,7 @@ def test_trials_are_runs(job_file: Path, tmp_path: Path, cluster: Any, find_proc
     assert read_ledger(folder / "ledger.jsonl") == before, "a finished search has nothing to do"
 
 
+@pytest.mark.chaos
 @pytest.mark.cluster
 def test_workers_in_the_trials_own_group(
     job_file: Path, tmp_path: Path, cluster: Any, find_processes: Any, wait_until: Any
@@ -145,6 +146,7 @@ def test_a_killed_trial_goes_on(
     assert_nothing_is_left(cluster, folder, find_processes, wait_until)
 
 
+@pytest.mark.chaos
 @pytest.mark.cluster
 def test_a_full_disk_under_the_ledger_ends_the_search(
     job_file: Path, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch,
@@ -259,6 +261,7 @@ def test_a_killed_driver(job_file: Path, tmp_path: Path, command: Callable[..., 
             assert (folder / "trials" / id / "result.json").stat().st_mtime_ns == written, "not run again"
 
 
+@pytest.mark.chaos
 @pytest.mark.own_cluster
 def test_an_interrupted_search_goes_on(
     job_file: Path, tmp_path: Path, start_cli: Any, command: Callable[..., int], wait_until: Any
