@@ -80,6 +80,7 @@ def test_a_bound_that_is_exceeded(on_cluster: Make, tiny: Make, tmp_path: Path) 
     assert sum(together["shards_by_worker"].values()) == 12 * 4
 
 
+@pytest.mark.chaos
 def test_many_shards_in_several_calls_and_a_worker_killed_with_two(
     on_cluster: Make, tiny: Make, cluster: Any, find_processes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

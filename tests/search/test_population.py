@@ -237,7 +237,7 @@ def test_a_member_is_one_run_with_a_schedule(searched: tuple[Path, list[Trial]],
     assert not [path for path in (folder / "trials").iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.chaos)])
 def test_interrupted_at_trials_and_grafts(seed: int, searched: tuple[Path, list[Trial]], tmp_path: Path) -> None:
     """Whoever goes on makes the moves again, from the ledger, and comes to the same."""
 

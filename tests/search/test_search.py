@@ -120,6 +120,7 @@ def test_workers_in_the_trials_own_group(
     assert_nothing_is_left(cluster, folder, find_processes, wait_until)
 
 
+@pytest.mark.chaos
 @pytest.mark.cluster
 def test_a_killed_trial_goes_on(
     job_file: Path, tmp_path: Path, cluster: Any, find_processes: Any, wait_until: Any
