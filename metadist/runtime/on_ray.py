@@ -190,6 +190,7 @@ class OnRay:
         self._lanes.back()
         self._attempt = attempt
         if len(self._sums.pieces) > 1:  # some have what others miss: all of it anew
+            self._duplicates += len(missing)  # which the pieces forget
             self._sums.redo(step, attempt, ())
             self._attempt, missing = attempt + 1, range(self.config.lanes)
         self._discount(missing)

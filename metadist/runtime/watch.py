@@ -53,20 +53,21 @@ class Watch:
         self._patience = max(1, round(silence / self.every))
         self._waiting: dict[Any, tuple[Any, int]] = {}
         self._places: dict[Any, Place] = {}
-        self._looking: dict[Any, Any] = {}
+        self._looking: dict[Any, tuple[Any, Place]] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._ask_again_and_again, name="watch", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Ask no more."""
+        """Ask no more; what has been looked at is told."""
         self._ended.set()
         self._thread.join()
+        self._tell(patience=1.0)
 
     def _ask_again_and_again(self) -> None:
         while not self._ended.is_set():
             actors = self.watched()
-            for known in (self._waiting, self._places, self._looking):
+            for known in (self._waiting, self._places):
                 for gone in known.keys() - set(actors):
                     del known[gone]
             for actor in actors:
@@ -74,6 +75,7 @@ class Watch:
                     self._ask(actor)
                 except Exception:  # noqa: BLE001, it is dead, which those who wait for it hear; the others are asked
                     self._waiting.pop(actor, None)
+            self._tell()
             self._ended.wait(self.every)
 
     def _ask(self, actor: Any) -> None:
@@ -89,19 +91,27 @@ class Watch:
             self._look(actor, times + 1)
 
     def _look(self, actor: Any, times: int) -> None:
-        """Have the process of a silent actor looked at, and tell what came of it."""
-        place, looking = self._places.get(actor), self._looking.get(actor)
-        if looking is not None and self.ray.wait([looking], timeout=0)[0]:
-            del self._looking[actor]
-            if place is not None and self.ray.get(looking):
-                self.say(f"the {place.kind} in process {place.pid} stood still; it is ended")
-        elif looking is None and place is not None and times % self._patience == 0:
+        """Have the process of a silent actor looked at."""
+        place = self._places.get(actor)
+        if place is not None and actor not in self._looking and times % self._patience == 0:
             from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
             # Ray asks a process to end itself, which one that stands still does not hear.
             there = NodeAffinitySchedulingStrategy(node_id=place.node, soft=False)
             look = self.ray.remote(end_if_stopped).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
-            self._looking[actor] = look.remote(place.pid)
+            self._looking[actor] = look.remote(place.pid), place
+
+    def _tell(self, patience: float = 0.0) -> None:
+        """What came of the looks."""
+        for actor, (looking, place) in list(self._looking.items()):
+            try:
+                if not self.ray.wait([looking], timeout=patience)[0]:
+                    continue
+                del self._looking[actor]
+                if self.ray.get(looking):
+                    self.say(f"the {place.kind} in process {place.pid} stood still; it is ended")
+            except Exception:  # noqa: BLE001, its node is gone, and it with it
+                self._looking.pop(actor, None)
 
 
 def end_if_stopped(pid: int) -> bool:
