@@ -20,6 +20,7 @@ def on_two(tiny: Make, cluster: Any) -> Config:
     return tiny("cluster.workers=2", f"cluster.address={cluster.address}")
 
 
+@pytest.mark.chaos
 def test_results_that_come_twice_late_and_in_any_order(
     on_two: Config, tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,7 +48,16 @@ def hosts(connected: Any) -> Any:
         ray.kill(actor)
 
 
-@pytest.mark.parametrize(("name", "overrides"), CASES, ids=[f"{name} {' '.join(more)}".strip() for name, more in CASES])
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        pytest.param(
+            name, more, id=f"{name} {' '.join(more)}".strip(),
+            marks=pytest.mark.chaos if "data.name=sinusoid" in more and name != "maml" else (),
+        )
+        for name, more in CASES
+    ],
+)  # fmt: skip
 def test_same_bits(
     name: str, overrides: tuple[str, ...], tiny: Callable[..., Config], cluster: Any, hosts: Any, tmp_path: Path
 ) -> None:

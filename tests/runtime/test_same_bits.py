@@ -67,6 +67,7 @@ def test_any_way_of_the_sums(
     assert sum(result["shards_by_worker"].values()) == 4 * 4
 
 
+@pytest.mark.chaos
 def test_a_bound_that_is_exceeded(on_cluster: Make, tiny: Make, tmp_path: Path) -> None:
     """Step 0 begins again with coarser exponents, three times, while shards of the first attempts are on their way."""
     override = "algorithm.support_loss_weight=1e18"
@@ -137,6 +138,7 @@ def test_a_defect_in_the_aggregator_is_no_loss_of_it(on_cluster: Make, tmp_path:
         train(on_cluster(1, "outer.weight_decay=1e300", "outer.optimizer=sgd"), "tiny", tmp_path / "run")
 
 
+@pytest.mark.chaos
 def test_a_resume_with_workers(on_cluster: Make, half_run: Path, tiny_run: Any, cluster: Any) -> None:
     """Begun in one process, ended by three workers."""
     result = resume(half_run, ["cluster.workers=3", f"cluster.address={cluster.address}"]).result
