@@ -25,16 +25,19 @@ from metadist.run import checked_tables, start
 
 OVERRIDABLE = ("eval", "cluster", "engine", "data", "task.transductive")
 
+STATES = {False: "theta.safetensors", True: "best.safetensors"}
+"""The last state of a run, and the best one on validation."""
+
 SWEEP_EPISODES = 200
 """Tasks of a sweep that says nothing; a quarter of a meta-test's time for each cell is more than it is worth."""
 
 
 def evaluate(run_dir: Path, overrides: Sequence[str], *, best: bool, split: str) -> tuple[dict[str, Any], Path]:
     """The scores of the trained and of the untrained state, and the JSON file they were written to."""
-    state = "best.safetensors" if best else "theta.safetensors"
+    state = STATES[best]
     config, tables, values = trained(run_dir, split, overrides, state)
     blueprint = blueprint_of(config, tables)
-    flat = blueprint.values.flatten({name: values[name] for name in blueprint.values.names}).numpy()
+    flat = blueprint.values.flatten(values).numpy()
     runtime = start(config, tables, None, print)
     try:
         first, *others = settings(config)
@@ -67,10 +70,8 @@ def sweep(
         raise ConfigError("eval.also: is not read with --sweep, whose cells are one evaluation each; leave it out")
     asked = [*overrides] if "eval.episodes" in given else [*overrides, f"eval.episodes={SWEEP_EPISODES}"]
     grid = read_grid(words, judged_config(run_dir, asked, best), given)
-    state = "best.safetensors" if best else "theta.safetensors"
-    config, tables, values = trained(run_dir, split, asked, state)
-    blueprint = blueprint_of(config, tables)
-    flat = blueprint.values.flatten({name: values[name] for name in blueprint.values.names}).numpy()
+    config, tables, values = trained(run_dir, split, asked, STATES[best])
+    flat = blueprint_of(config, tables).values.flatten(values).numpy()
     runtime = start(config, tables, None, print)
     try:
         began = time.perf_counter()
@@ -80,7 +81,7 @@ def sweep(
             "overrides": list(overrides),
             "sweep": list(words),
             "data_fingerprint": data_fingerprint(tables),
-            "state": state,
+            "state": STATES[best],
             "split": split,
             **cells,
             "seconds": time.perf_counter() - began,
@@ -119,7 +120,7 @@ def trained(
     """A finished run's config with overrides, its data, and its trained values by name."""
     if split not in ("test", "val"):
         raise ConfigError(f"--split: {split!r} is no split to judge on; valid: test, val")
-    config = judged_config(run_dir, overrides, state == "best.safetensors")
+    config = judged_config(run_dir, overrides, state == STATES[True])
     theta = run_dir / state
     if not theta.is_file():
         raise RunError(f"{run_dir}: holds no {theta.name}; finish the run with `metadist train --resume {run_dir}`")

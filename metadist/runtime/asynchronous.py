@@ -5,9 +5,9 @@ Sums travel as floats and are added in the order of the ledger, in float64; the 
 the run again.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,12 +42,13 @@ class Asynchronous:
         self.ray, self._ours = connect(config.cluster)
         self.pool = Pool(self.ray, config, [str(table.path) for table in tables], say, self._left)
         self._blueprint = blueprint(config, tables)
-        self._shards: dict[str, int] = {}
+        self._shards: Counter[str] = Counter()
         self._recomputed = self._damaged = 0
         try:
             check_resources(self.ray, config.cluster)
             self._start(snapshot)
             self.pool.open()
+            self.fingerprint, self.hardware = self.pool.fingerprint, self.pool.hardware
         except BaseException:
             self.close()
             raise
@@ -110,8 +111,7 @@ class Asynchronous:
                     raise NotFinite(*divmod(call.number, self.config.lanes))
             elif self._ledger.take(call, floats.pid):
                 self._taken.append(floats.sums)
-                called = self.pool.called[worker]
-                self._shards[called] = self._shards.get(called, 0) + 1
+                self._shards[worker] += 1
 
     # --- a step --------------------------------------------------------------
 
@@ -153,16 +153,8 @@ class Asynchronous:
     def workers(self) -> int:
         return self.pool.size
 
-    @property
-    def fingerprint(self) -> dict[str, str]:
-        return self.pool.fingerprint
-
-    @property
-    def hardware(self) -> dict[str, Any]:
-        return self.pool.hardware
-
     def counts(self) -> Counts:
-        there = {called: self._shards.get(called, 0) for called in self.pool.called.values()}
+        there = self.pool.by_process(self._shards)
         return Counts(there, self._recomputed + self._damaged, self._ledger.dropped + self._damaged)
 
     def close(self) -> None:

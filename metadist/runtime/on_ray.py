@@ -5,6 +5,7 @@ step's shards are handed out while the aggregator still takes the outer step: th
 θ where they are, not here.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ class OnRay:
         self.step, self.earlier = snapshot.step if snapshot else 0, list[Report]()
         self.ray, self._ours = connect(config.cluster)
         self.pool = Pool(self.ray, config, [str(table.path) for table in tables], say, self._left, self._near)
-        self._shards: dict[str, int] = {}
+        self._shards: Counter[str] = Counter()
         self._failures: dict[Item, int] = {}
         self._at: dict[int, str] = {}
         self._recomputed = self._duplicates = self._attempt = self._damages = 0
@@ -48,6 +49,7 @@ class OnRay:
             check_resources(self.ray, config.cluster)
             self._take_over_or_start(snapshot)
             self.pool.open()
+            self.fingerprint, self.hardware = self.pool.fingerprint, self.pool.hardware
         except BaseException:
             self.close()
             raise
@@ -138,8 +140,7 @@ class OnRay:
                 raise NotFinite(step, item.shard)
             dispatcher.again(came.worker, item)
         if receipt.summed:
-            called = self.pool.called[came.worker]
-            self._shards[called] = self._shards.get(called, 0) + len(receipt.summed)
+            self._shards[came.worker] += len(receipt.summed)
             node = self.pool.nodes[came.worker]
             self._sums.add(items[0].step, items[0].attempt, receipt, came.sent[:pieces], node)
 
@@ -153,7 +154,7 @@ class OnRay:
     def _discount(self, shards: Iterable[int]) -> None:
         """Shards of this step that are computed again, because their sums were lost on their way."""
         for shard in shards:
-            self._shards[self.pool.called[self._at[shard]]] -= 1
+            self._shards[self._at[shard]] -= 1
             self._recomputed += 1
 
     def _near(self, item: Item) -> str | None:
@@ -248,17 +249,8 @@ class OnRay:
     def workers(self) -> int:
         return self.pool.size
 
-    @property
-    def fingerprint(self) -> dict[str, str]:
-        return self.pool.fingerprint
-
-    @property
-    def hardware(self) -> dict[str, Any]:
-        return self.pool.hardware
-
     def counts(self) -> Counts:
-        there = {called: self._shards.get(called, 0) for called in self.pool.called.values()}
-        return Counts(there, self._recomputed, self._duplicates)
+        return Counts(self.pool.by_process(self._shards), self._recomputed, self._duplicates)
 
     def close(self) -> None:
         self.pool.close()

@@ -6,7 +6,8 @@ What is asked, and what becomes of the answers, is the strategy's (`on_ray.py`, 
 import math
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from metadist.config import Config
@@ -109,6 +110,13 @@ class Pool:
     def size(self) -> int:
         """Workers that take part now."""
         return len(self.dispatcher.held)
+
+    def by_process(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """What is counted by worker, by the process that it was, the dead ones among them."""
+        found: Counter[str] = Counter()
+        for name, called in self.called.items():
+            found[called] += counts.get(name, 0)
+        return dict(found)
 
     # --- their life ----------------------------------------------------------
 

@@ -30,13 +30,13 @@ def _place(path: Path) -> str:
     return hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
 
 
-def fresh_name(job: str) -> Path:
+def fresh_name(job: str, folder: str = "runs") -> Path:
     """`runs/JOB-DATE-TIME`, with a number behind it where that exists."""
     name = f"{Path(job).stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    path, number = Path("runs") / name, 1
+    path, number = Path(folder) / name, 1
     while path.exists():
         number += 1
-        path = Path("runs") / f"{name}-{number}"
+        path = Path(folder) / f"{name}-{number}"
     return path
 
 

@@ -28,6 +28,7 @@ from metadist.evaluation.protocol import score
 from metadist.run import Finished, checked_tables, train_with
 from metadist.runtime.aggregator import Broadcast, sealed
 from metadist.runtime.in_process import InProcess
+from metadist.runtime.train import Stopped
 from metadist.runtime.worker import Introduction, Receipt, Worker
 from metadist.search.job import SearchJob
 from metadist.search.state import Decision, Trial
@@ -37,10 +38,6 @@ NUMBERS = ("algorithm.inner_lr", "outer.lr", "seed")
 
 Ask = Callable[[Trial, int, float, float], Decision]
 """What becomes of a trial, behind so many meta-steps with a score and its interval on validation; from any thread."""
-
-
-class Stopped(MetadistError):
-    """A trial that was told to stop at a validation."""
 
 
 def run_packed(

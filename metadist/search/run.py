@@ -5,7 +5,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from itertools import islice, product
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from metadist.config import Elastic, parse_override, read_yaml, with_keys
 from metadist.durable import storage_errors, write
 from metadist.errors import ConfigError, Interrupted, RunError, StorageError
 from metadist.run import TRACKING_SECONDS, checked_tables
+from metadist.runtime import run_folder
 from metadist.runtime.cluster import check_resources, connect, disconnect
 from metadist.search import rows
 from metadist.search.director import Director
@@ -147,13 +147,8 @@ def _interruptible(folder: Path) -> Iterator[None]:
 
 
 def fresh_name(job: str) -> Path:
-    """`searches/JOB-DATE-TIME`, with a number behind it where that exists."""
-    name = f"{Path(job).stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    path, number = Path("searches") / name, 1
-    while path.exists():
-        number += 1
-        path = Path("searches") / f"{name}-{number}"
-    return path
+    """`searches/JOB-DATE-TIME`."""
+    return run_folder.fresh_name(job, "searches")
 
 
 def refuse(job: SearchJob, folder: Path) -> None:

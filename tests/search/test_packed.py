@@ -11,8 +11,9 @@ from safetensors.numpy import load_file
 from metadist.errors import ConfigError, RunError
 from metadist.run import train
 from metadist.runtime.journal import read_metrics
+from metadist.runtime.train import Stopped
 from metadist.search.job import SearchJob, checked
-from metadist.search.packed import Stopped, check_pack, run_packed
+from metadist.search.packed import check_pack, run_packed
 from metadist.search.state import Trial
 
 POINTS = ({"algorithm.inner_lr": 0.4}, {"algorithm.inner_lr": 0.1, "outer.lr": 0.003}, {"seed": 7})
