@@ -26,6 +26,10 @@ search(job(concurrent=1, trials=10), Ledger(Path(sys.argv[1])), slow)
 """
 
 
+KILLS = 6
+"""Each costs a process's start; a busy machine takes seconds for one, in which it may decide nothing."""
+
+
 @pytest.mark.chaos
 def test_a_killed_driver(tmp_path, monkeypatch):
     whole = Ledger(tmp_path / "whole.jsonl")
@@ -36,8 +40,9 @@ def test_a_killed_driver(tmp_path, monkeypatch):
     while True:
         driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(path)], stdout=subprocess.PIPE)
         assert driver.stdout.readline() == b"begins\n"
-        time.sleep(0.05 + 0.5 * chance.random())
-        driver.kill()
+        if kills < KILLS:  # then one of them may come to the end
+            time.sleep(0.05 + 0.5 * chance.random())
+            driver.kill()
         if driver.wait() == 0:
             break
         kills += 1
