@@ -8,6 +8,7 @@ driver, and one that resumes the run finds them. Without a driver they end after
 """
 
 import contextlib
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
@@ -45,6 +46,7 @@ class Aggregation:
         self.blueprint = blueprint
         self.pieces = cut(blueprint, config.cluster.aggregators)
         self._run = run if config.cluster.linger else None
+        self._linger = config.cluster.linger if self._run is not None else None
         self._watch: Watch | None = None
         self._actors: list[Any] = []
         self.broadcast: tuple[Any, ...] = ()
@@ -60,36 +62,40 @@ class Aggregation:
 
         Returns the reports of the steps in between; none where there is nothing to take over.
         """
-        actors = self._left_behind()
         first = snapshot.step if snapshot else 0
-        found = self._positions(actors)
-        if found is None or not self._fit(found, first):
-            for actor in actors:
-                self.ray.kill(actor)
-            return []
-        self._actors = actors
-        self.broadcast = tuple(actor.reopen.remote() for actor in actors)
-        self._look_after_them()
-        every = [[report for report in position.reports if report.step >= first] for position in found]
-        return [_joined(parts) for parts in zip(*every, strict=True)]
+        reports: list[Report] = []
+        for actors in self._left_behind():
+            found = None if self._actors else self._positions(actors)
+            if found is None or not self._fit(found, first):
+                for actor in actors:
+                    self.ray.kill(actor)
+                continue
+            self._actors = actors
+            every = [[report for report in position.reports if report.step >= first] for position in found]
+            reports = [_joined(parts) for parts in zip(*every, strict=True)]
+        if self._actors:
+            self.broadcast = tuple(actor.reopen.remote() for actor in self._actors)
+            self._look_after_them()
+        return reports
 
     def start(self, snapshot: Snapshot | None) -> None:
         """New aggregators, from a checkpoint or from initial θ."""
         shape, classes = self.blueprint.shape, self.blueprint.classes
         actor, snapshot = self.ray.remote(Aggregator), snapshot and snapshot._replace(lanes=())
+        # Names of their own each time: Ray gives a killed actor's name free only when its process is gone.
+        together = f"{self._prefix}{uuid.uuid4().hex[:8]}"
         for piece in range(len(self.pieces)):
             options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0}
             if self._run is not None:
-                options |= {"name": self._name(piece), "namespace": NAMESPACE, "lifetime": "detached"}
+                options |= {"name": f"{together}-{piece}", "namespace": NAMESPACE, "lifetime": "detached"}
             made = actor.options(**options)
-            self._actors.append(made.remote(self.config, shape, snapshot, classes, piece, len(self.pieces)))
+            built = (self.config, shape, snapshot, classes, piece, len(self.pieces))
+            self._actors.append(made.remote(self._linger, *built))
         self.broadcast = tuple(actor.broadcast.remote() for actor in self._actors)
         self._look_after_them()
 
     def _look_after_them(self) -> None:
-        cluster = self.config.cluster
-        linger = cluster.linger if self._run is not None else None
-        self._watch = Watch(self.ray, self._everyone, cluster.silence, linger, self.say)
+        self._watch = Watch(self.ray, self._everyone, self.config.cluster.silence, self._linger, self.say)
 
     def _everyone(self) -> list[Any]:
         return [*self._actors, *self._combiners.values()]
@@ -106,21 +112,22 @@ class Aggregation:
         self._there.clear()
         self._acks.clear()
 
-    def _name(self, piece: int | str) -> str:
-        return f"aggregator-{self._run}-{piece}"
+    @property
+    def _prefix(self) -> str:
+        return f"aggregator-{self._run}-"
 
-    def _left_behind(self) -> list[Any]:
-        """Aggregators of this run that are running, whoever started them."""
+    def _left_behind(self) -> list[list[Any]]:
+        """Aggregators of this run that are running, whoever started them; those that were started together, by piece."""
         if self._run is None:
             return []
         known = self.ray.util.list_named_actors(all_namespaces=True)
         names = [one["name"] for one in known if one["namespace"] == NAMESPACE]
-        mine = [name for name in names if name.startswith(self._name(""))]
-        found = []
-        for name in sorted(mine, key=lambda name: int(name.rpartition("-")[2])):
+        together: defaultdict[str, dict[int, Any]] = defaultdict(dict)
+        for name in sorted(name for name in names if name.startswith(self._prefix)):
+            start, _, piece = name.rpartition("-")
             with contextlib.suppress(ValueError):  # it ended meanwhile
-                found.append(self.ray.get_actor(name, namespace=NAMESPACE))
-        return found
+                together[start][int(piece)] = self.ray.get_actor(name, namespace=NAMESPACE)
+        return [[actors[piece] for piece in sorted(actors)] for actors in together.values()]
 
     def _positions(self, actors: Sequence[Any]) -> list[Position] | None:
         from ray.exceptions import GetTimeoutError, RayError
@@ -237,7 +244,7 @@ class Aggregation:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-        return self.ray.remote(Combiner).options(num_cpus=0, max_restarts=0, scheduling_strategy=there).remote()
+        return self.ray.remote(Combiner).options(num_cpus=0, max_restarts=0, scheduling_strategy=there).remote(None)
 
 
 def _joined(reports: Sequence[Report]) -> Report:

@@ -28,7 +28,14 @@ class Place(NamedTuple):
 
 
 class Watched:
-    """An actor that can be asked. Ray Client calls nothing but methods of the actor's class."""
+    """An actor that can be asked. Ray Client calls nothing but methods of the actor's class.
+
+    linger: as of `asked`, for one whose driver dies before it has asked at all.
+    """
+
+    def __init__(self, linger: float | None, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        _end_after(linger)
 
     def asked(self, linger: float | None) -> Place:
         """Somebody is there: without another call within `linger` seconds this process ends."""
