@@ -42,6 +42,19 @@ CLUSTER_CPUS, CLUSTER_GPUS = 3, 2
 COMMAND = [sys.executable, "-c", "from metadist.cli import main; main()"]
 
 
+CLUSTER_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Of both sides of the test run's cluster."""
+
+
+def pytest_configure() -> None:
+    """Ray reads its token once, when a test imports it; that may be long before one needs the cluster."""
+    os.environ.update(CLUSTER_ENVIRONMENT)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast first: tests without a cluster, then those that share one, then those that start their own."""
@@ -307,12 +320,6 @@ class SharedCluster(NamedTuple):
 @pytest.fixture(scope="session")
 def cluster_process(free_port: Callable[[], int]) -> Iterator[SharedCluster]:
     """A Ray head of the test run's own, three logical CPUs and two logical GPUs, with a token."""
-    both_sides = {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    }
-    os.environ.update(both_sides)
     port = free_port()
     folder = tempfile.mkdtemp(prefix="mdray")  # short: Ray makes sockets in it, and their paths are limited
     command = [
@@ -334,8 +341,6 @@ def cluster_process(free_port: Callable[[], int]) -> Iterator[SharedCluster]:
     finally:
         end_with_descendants(process)
         shutil.rmtree(folder, ignore_errors=True)
-        for name in both_sides:
-            os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")

@@ -111,13 +111,14 @@ def test_the_code_goes_to_the_workers(
     def modules(*overrides: str) -> list[str]:
         driver = start_cli(
             "train", tiny_job, "outer.steps=100000", "cluster.workers=1", f"cluster.address={cluster.address}",
-            *overrides, "--run-dir", tmp_path / f"run{len(overrides)}", joins=True,
+            "cluster.linger=2", *overrides, "--run-dir", tmp_path / f"run{len(overrides)}", joins=True,
         )  # fmt: skip
         (pid,) = wait_until(lambda: find_processes(cluster.pid, "ray::Worker"), 90, "a worker")
         places = (Path("/proc") / str(pid) / "environ").read_bytes().decode().split("\0")
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-        wait_until(lambda: not find_processes(cluster.pid, "ray::Worker"), 30, "the end of the worker")
+        for name in ("ray::Worker", "ray::Aggregator"):
+            wait_until(lambda name=name: not find_processes(cluster.pid, name), 30, f"the end of the {name}")
         found = next((place for place in places if place.startswith("PYTHONPATH=")), "=")
         return [path for path in found.partition("=")[2].split(":") if "py_modules" in path]
 

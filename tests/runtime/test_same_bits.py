@@ -149,12 +149,13 @@ def test_a_resume_with_workers(on_cluster: Make, half_run: Path, tiny_run: Any, 
 
 
 def kill_actor(cluster: Any, find: Callable[..., Any], name: str, when: Callable[[], Any]) -> threading.Thread:
-    """Ends an actor's process as soon as a condition holds."""
+    """Ends an actor's process as soon as a condition holds; one that is there already is another run's."""
+    others = set(find(cluster.pid, f"ray::{name}"))
 
     def work() -> None:
         until = time.monotonic() + 60
         while time.monotonic() < until:
-            if when() and (pids := find(cluster.pid, f"ray::{name}")):
+            if when() and (pids := [pid for pid in find(cluster.pid, f"ray::{name}") if pid not in others]):
                 os.kill(pids[0], signal.SIGKILL)
                 return
             time.sleep(0.01)
