@@ -117,7 +117,7 @@ class Aggregation:
         return f"aggregator-{self._run}-"
 
     def _left_behind(self) -> list[list[Any]]:
-        """Aggregators of this run that are running, whoever started them; those that were started together, by piece."""
+        """Running aggregators of this run, whoever started them: those that were started together, by piece."""
         if self._run is None:
             return []
         known = self.ray.util.list_named_actors(all_namespaces=True)
