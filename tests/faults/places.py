@@ -64,7 +64,7 @@ class OnNodes:
     """A driver on a cluster of several Ray nodes of this machine, which share its address."""
 
     def __init__(self, folder: Path, port: int, client_port: int) -> None:
-        self.folder, self.address = folder, f"127.0.0.1:{port}"
+        self.folder, self.address, self.outside = folder, f"127.0.0.1:{port}", f"ray://127.0.0.1:{client_port}"
         self.auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self.temporary = tempfile.mkdtemp(prefix="mdray")  # short: Ray makes sockets in it
         self.nodes: list[subprocess.Popen[bytes]] = []

@@ -1,11 +1,14 @@
 """Several Ray nodes on one machine, without root: workers that come and go, are placed, wait and are refused."""
 
+import json
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from injuries import kill
 from places import Driver, OnNodes
 
 from metadist.config import Config, to_yaml
@@ -15,6 +18,7 @@ from metadist.runtime.checkpoint import checkpoints
 pytestmark = [pytest.mark.own_cluster, pytest.mark.chaos]
 
 Make = Callable[..., Config]
+LONG = ("outer.steps=300",)
 ENDLESS = ("outer.steps=1000000", "checkpoint.every=50", "eval.every=0", "eval.test=false")
 
 
@@ -134,6 +138,26 @@ def test_a_run_does_not_wait_for_room_that_another_one_has(
     reaches(first, "first")
     second = start("second", "shared", "cluster.workers={min: 1, max: 2}", "cluster.timeout=1000")
     reaches(second, "second")
+
+
+def test_from_outside_of_the_cluster(
+    node: Callable[..., Any], nodes: OnNodes, start: Callable[..., Driver], tiny: Make, tmp_path: Path
+) -> None:
+    """Over `ray://`, whose client calls for a driver that is no member: the same bits, a killed worker included."""
+    there = node(2, "client")
+    driver = start("run", "client", "cluster.workers=2", f"cluster.address={nodes.outside}", *LONG)
+    newest = lambda: next((step for step, _ in checkpoints(tmp_path / "run" / "checkpoints")), 0)  # noqa: E731
+    while newest() < 50:
+        assert driver.process.poll() is None, driver.said
+        time.sleep(0.05)
+    kill(nodes.on(there, "ray::Worker")[0])
+    assert driver.process.wait(120) == 0, driver.said
+    assert "Traceback" not in driver.said
+    assert " died (" in driver.said
+    found = json.loads((tmp_path / "run" / "result.json").read_text())
+    calm = train(tiny(*ENDLESS, *LONG), "calm", tmp_path / "calm").result
+    assert found["theta_sha256"] == calm["theta_sha256"]
+    assert found["steps_recomputed"] == 0
 
 
 def test_what_can_never_be_is_refused(node: Callable[..., Any], start: Callable[..., Driver]) -> None:
