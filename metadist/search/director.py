@@ -84,14 +84,29 @@ class Director:
         self._bury()
         if self._graft is not None:
             return self._graft
-        if len(self._running) >= self.job.search.concurrent:
+        packs = {self._pack(int(id)) for id in self._running}
+        if len(packs) >= self.job.search.processes:
             return Wait()
-        able = (one for one in self.trials if one.end is None and not one.held and one.id not in self._running)
+        able = (one for one in self.trials if self._goes_on(one) and self._pack(one.index) not in packs)
         trial = next(able, None) or self._started()
         if trial is None:
             return self._turn() or (Wait() if self._running else Finished())
         self._running.add(trial.id)
         return Start(trial)
+
+    def beside(self, first: Trial) -> Trial | None:
+        """One more trial for the process of one that `next` has just given; None where its pack is whole.
+
+        Raises as `next` does.
+        """
+        pack = self._pack(first.index)
+        able = (one for one in self.trials if self._goes_on(one) and self._pack(one.index) == pack)
+        trial = next(able, None)
+        if trial is None and self._pack(len(self.trials)) == pack:
+            trial = self._started()
+        if trial is not None:
+            self._running.add(trial.id)
+        return trial
 
     def report(self, id: str, step: int, values: Mapping[str, float]) -> Decision:
         """Whether a trial goes on behind a validation. values: `score`, and what else was measured.
@@ -127,6 +142,13 @@ class Director:
             self._running.discard(id)
 
     # --- what follows from the state -----------------------------------------------
+
+    def _pack(self, index: int) -> int:
+        return self.job.search.pack_of(index)
+
+    def _goes_on(self, trial: Trial) -> bool:
+        """Whether it has more to do, and nobody does it."""
+        return trial.end is None and not trial.held and trial.id not in self._running
 
     def _started(self) -> Trial | None:
         """A new trial; None where there is none to come."""

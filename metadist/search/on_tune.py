@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ from metadist.runtime.train import Stopped
 from metadist.search.director import Director, Finished, Graft, Start
 from metadist.search.graft import graft
 from metadist.search.job import SearchJob, load_search
-from metadist.search.state import Decision, How, Report, Trial
+from metadist.search.packed import run_pack
+from metadist.search.state import Decision, End, How, Report, Trial
 from metadist.search.trial import run_trial, trial_config
 
 ENVIRONMENT = {
@@ -71,10 +73,10 @@ class TrialGroup(tune.PlacementGroupFactory):
 
 
 class TrialActor(tune.Trainable):
-    """A process that runs trials one after the other, each in a thread of its own.
+    """A process that runs trials one after the other, or some of a pack together, in threads of their own.
 
-    Its results are JSON: `report`, whose answer comes by `decide`, and at the end `end`, or `problem` where the whole
-    search cannot go on.
+    Its results are JSON: `report`, whose answer comes by `decide`; `end` of a trial; or `problem` where the whole
+    search cannot go on. The last one is `done`.
     """
 
     @classmethod
@@ -110,36 +112,46 @@ class TrialActor(tune.Trainable):
         os.chdir(order["here"])  # Tune has gone to a folder of its own; paths of a job are the driver's
         self._told: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
         self._decided: queue.Queue[Decision | None] = queue.Queue()
+        self._away = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(order,), name="trial", daemon=True)
         self._thread.start()
 
     def _leave(self) -> None:
         """Wait until the run has unwound, where the trial is taken away from it."""
+        self._away.set()
         self._decided.put(None)
         self._thread.join()
 
     def _run(self, order: dict[str, Any]) -> None:
-        told, decided = self._told, self._decided
+        told, decided, away = self._told, self._decided, self._away
+        trials, folder = [_trial(one) for one in order["trials"]], Path(order["folder"])
+        left = {trial.id for trial in trials}
 
-        def ask(step: int, values: dict[str, float]) -> Decision:
-            told.put({"report": json.dumps([step, values])})
-            decision = decided.get()
-            if decision is None:
-                raise Stopped("taken away")
-            return decision
+        def ask(trial: Trial, step: int, values: dict[str, float]) -> Decision:
+            if not away.is_set():
+                told.put({"report": json.dumps([trial.id, step, values])})
+                decision = decided.get()
+                if decision is not None:
+                    return decision
+            raise Stopped("taken away")
 
-        trial = _trial(order["trial"])
+        def ended(trial: Trial, end: End) -> None:
+            left.discard(trial.id)
+            told.put({"end": json.dumps([trial.id, end._asdict()]), "done": not left})
+
         try:
-            end = run_trial(self._job, trial, Path(order["folder"]), ask)
-            told.put({"done": True, "end": json.dumps(end._asdict())})
+            if len(trials) == 1:
+                ended(trials[0], run_trial(self._job, trials[0], folder, partial(ask, trials[0])))
+            else:
+                run_pack(self._job, trials, folder, ask, ended)
         except StorageError as error:
             told.put({"done": True, "problem": str(error)})
         except BaseException as error:  # noqa: BLE001, raised again where Tune hears it
             told.put(error)
 
 
-def _order(job: SearchJob, trial: Trial, folder: Path, group: TrialGroup) -> str:
-    """All that a process needs for a trial. Tune makes names of a config, so it is one word."""
+def _order(trials: Sequence[Trial], folder: Path, group: TrialGroup) -> str:
+    """All that a process needs for its trials. Tune makes names of a config, so it is one word."""
     return json.dumps(
         {
             "folder": str(folder.resolve()),
@@ -147,7 +159,7 @@ def _order(job: SearchJob, trial: Trial, folder: Path, group: TrialGroup) -> str
             "cache": str(cache_folder().resolve()),
             "bundles": group.bundles,
             "strategy": group.strategy,
-            "trial": asdict(trial),
+            "trials": [asdict(trial) for trial in trials],
         }
     )
 
@@ -169,7 +181,7 @@ class _Calls:
 
     def __init__(self, job: SearchJob, director: Director, folder: Path, group: TrialGroup, show: Show) -> None:
         self.job, self.director, self.folder, self.group, self.show = job, director, folder, group, show
-        self.ids: dict[str, str] = {}  # Tune's → ours
+        self.ids: dict[str, list[str]] = {}  # Tune's → ours that have not ended
         self.reasons: dict[str, str] = {}  # why a process died, by Tune's id
         self.broken: Exception | None = None
 
@@ -189,24 +201,36 @@ class _Calls:
         for trial, donor in order.moves:
             graft(place / donor, place / trial.id, trial_config(self.job, trial))
 
-    def started(self, tune_id: str, trial: Trial) -> dict[str, str]:
-        self.ids[tune_id] = trial.id
+    def started(self, tune_id: str, first: Trial) -> dict[str, str]:
+        trials = [first]
+        while len(trials) < self.job.search.pack and (other := self.director.beside(first)) is not None:
+            trials.append(other)
+        self.ids[tune_id] = [trial.id for trial in trials]
         self.show(self.director.trials)
-        name = f"{trial.id}-{trial.attempt}-{trial.released}"
-        return {"name": name, "order": _order(self.job, trial, self.folder, self.group)}
+        name = f"{first.id}-{first.attempt}-{first.released}"
+        return {"name": name, "order": _order(trials, self.folder, self.group)}
 
-    def ended(self, tune_id: str, result: dict[str, Any] | None, error: bool) -> None:
-        id, result = self.ids.pop(tune_id), result or {}
-        if error:
-            reason = self.reasons.pop(tune_id, "its process died")
+    def told(self, tune_id: str, result: dict[str, Any]) -> Decision | None:
+        """A result of a process; what is decided where it asks."""
+        decision = None
+        if "problem" in result:
+            raise StorageError(result["problem"])
+        if "report" in result:
+            decision = self.director.report(*json.loads(result["report"]))
+        else:
+            id, end = json.loads(result["end"])
+            self.ids[tune_id].remove(id)
+            self.director.end(id, end["how"], end["step"], end["reason"], end["facts"])
+        self.show(self.director.trials)
+        return decision
+
+    def died(self, tune_id: str) -> None:
+        """A process has died, and the trials in it with it."""
+        reason = self.reasons.pop(tune_id, "its process died")
+        for id in self.ids.pop(tune_id):
             reports = self.director.trials[int(id)].reports
             how: How = "memory" if "memory" in reason else "crashed"
             self.director.end(id, how, reports[-1].step if reports else 0, reason, {})
-        elif "problem" in result:
-            raise StorageError(result["problem"])
-        else:
-            end = json.loads(result["end"])
-            self.director.end(id, end["how"], end["step"], end["reason"], end["facts"])
         self.show(self.director.trials)
 
 
@@ -238,7 +262,10 @@ class _Searcher(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         with self.calls.kept():
-            self.calls.ended(trial_id, result, error)
+            if error:
+                self.calls.died(trial_id)
+            else:
+                self.calls.told(trial_id, result or {})
 
     def save(self, checkpoint_path: str) -> None:
         pass  # the ledger has it
@@ -256,10 +283,9 @@ class _Scheduler(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         with self.calls.kept():
-            step, values = json.loads(result["report"])
-            decision = self.calls.director.report(self.calls.ids[trial.trial_id], step, values)
-            trial.temporary_state.ray_actor.decide.remote(decision)
-            self.calls.show(self.calls.director.trials)
+            decision = self.calls.told(trial.trial_id, result)
+            if decision is not None:
+                trial.temporary_state.ray_actor.decide.remote(decision)
         return str(TrialScheduler.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
@@ -333,7 +359,7 @@ def _this_host() -> str:
 def _tune(calls: _Calls) -> None:
     storage = tempfile.mkdtemp(prefix="metadist-tune-")
     try:
-        with _surroundings(calls.job.search.concurrent):
+        with _surroundings(calls.job.search.processes):
             tune.Tuner(
                 TrialActor,
                 tune_config=tune.TuneConfig(
@@ -365,9 +391,9 @@ def _tune(calls: _Calls) -> None:
 
 
 @contextmanager
-def _surroundings(concurrent: int) -> Iterator[None]:
+def _surroundings(processes: int) -> Iterator[None]:
     """Tune is quiet; processes of trials at once may start at once."""
-    wanted = {**ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(concurrent)}
+    wanted = {**ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(processes)}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]

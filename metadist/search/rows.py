@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 FACTS = {
     "seconds": pa.float64(), "tasks_per_second": pa.float64(), "peak_memory": pa.float64(),
-    "adaptation_mflop": pa.float64(), "theta_sha256": pa.string(),
+    "adaptation_mflop": pa.float64(), "reproducible": pa.bool_(), "theta_sha256": pa.string(),
 }  # fmt: skip
 """Of a trial's end; of one that goes on, or was stopped without them, what its last validation measured."""
 

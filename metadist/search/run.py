@@ -119,7 +119,7 @@ def _connected(job: SearchJob) -> Iterator[None]:
     """Connected to a cluster that holds the trials that run at once. Raises ClusterError."""
     cluster = job.base.cluster
     each = max(1, cluster.most)
-    ray, ours = connect(cluster.model_copy(update={"workers": job.search.concurrent * each}))
+    ray, ours = connect(cluster.model_copy(update={"workers": job.search.processes * each}))
     try:
         check_resources(ray, cluster.model_copy(update={"workers": each}))
         yield
@@ -181,10 +181,10 @@ def _refuse_place(job: SearchJob) -> None:
     if cluster.address == "local" and device == "cuda":
         import torch
 
-        there, workers = torch.cuda.device_count(), job.search.concurrent * max(1, cluster.most)
+        there, workers = torch.cuda.device_count(), job.search.processes * max(1, cluster.most)
         if float(cluster.gpus) * workers > there:
             raise ConfigError(
-                f"cluster.gpus: {job.search.concurrent} trials at once with {float(cluster.gpus):g} GPU for each "
+                f"cluster.gpus: {job.search.processes} trials at once with {float(cluster.gpus):g} GPU for each "
                 f"worker need more than the {there} of this machine; at most {there / workers:g} is valid, or a "
                 f"smaller search.concurrent"
             )

@@ -103,6 +103,66 @@ def test_three_at_once_nothing_is_decided_twice_or_lost(searcher, scheduler, ord
         assert trial.stopped == (trial.end.how == "stopped")
 
 
+@pytest.mark.parametrize(("searcher", "scheduler"), [("random", "asha"), ("optuna", "asha"), ("optuna", "median")])
+def test_one_pack_at_a_time_a_driver_killed_anywhere_decides_as_if_it_had_not_been(searcher, scheduler):
+    """Trials of a pack come in in the order of their meta-steps, then of their numbers, as `run_pack` lets them."""
+    task = job(searcher=searcher, scheduler=scheduler, trials=7, pack=3, concurrent=3, retries=0)
+    whole = Kept()
+    search(task, whole, choose=lambda running: running[0])
+    for cut in range(len(whole.events) + 1):
+        again = Kept(whole.events[:cut])
+        search(task, again, choose=lambda running: running[0])
+        assert again.events == whole.events, f"killed behind event {cut}"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(("random", "optuna")),
+    st.sampled_from(SCHEDULERS),
+    st.sampled_from([(2, 2), (2, 4), (3, 3), (3, 6)]),
+    st.lists(st.integers(0, 5), max_size=60),
+    st.lists(st.integers(1, 25), max_size=4),
+)
+def test_packs_are_whole_and_nothing_is_decided_twice_or_lost(searcher, scheduler, sizes, order, deaths):
+    pack, concurrent = sizes
+    task = job(searcher=searcher, scheduler=scheduler, trials=8, pack=pack, concurrent=concurrent)
+    ledger, turns = Kept(), iter(order)
+
+    def choose(running):
+        return running[next(turns, 0) % len(running)]
+
+    for lives in deaths:
+        left = itertools.count(lives, -1)
+        search(task, ledger, choose, until=lambda left=left: next(left) == 0)
+        ledger = Kept(ledger.events)
+    director = search(task, ledger, choose)
+    assert [trial.index for trial in director.trials] == list(range(8))
+    told = [(event["event"], event["id"], event.get("step")) for event in ledger.events]
+    assert Counter(id for event, id, _ in told if event == "end") == Counter(trial.id for trial in director.trials)
+    reports = [(id, step) for event, id, step in told if event == "report"]
+    assert len(set(reports)) == len(reports)
+    started = [int(event["id"]) for event in ledger.events if event["event"] == "trial"]
+    assert started == sorted(started)
+
+
+def test_a_pack_is_filled_and_the_next_one_waits_for_its_last_trial():
+    director = Director(job(searcher="random", trials=8, pack=3, concurrent=3), Kept())
+    own = director.next().trial
+    assert own.origin == "baseline" and director.beside(own) is None and director.next() == Wait()
+    director.end(own.id, "finished", 8, "", {})
+    first = director.next().trial
+    assert [first.id, director.beside(first).id, director.beside(first).id] == ["001", "002", "003"]
+    assert director.beside(first) is None and director.next() == Wait()
+    director.end("001", "stopped", 1, "", {})
+    director.end("002", "crashed", 1, "defect", {})
+    assert director.next() == Wait(), "it is tried again when nobody is in its pack"
+    director.end("003", "finished", 8, "", {})
+    again = director.next().trial
+    assert again.id == "002" and director.beside(again) is None
+    director.end("002", "finished", 8, "", {})
+    assert director.next().trial.id == "004"
+
+
 def test_a_report_that_is_recorded_is_answered_as_it_was():
     task, ledger = job(scheduler="asha", searcher="random", concurrent=3), Kept()
     director = Director(task, ledger)
