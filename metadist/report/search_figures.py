@@ -20,14 +20,16 @@ class Found(NamedTuple):
     """What a search knows of its trials.
 
     keys: searched, in the job's order; logarithmic: those drawn by magnitude; trials: rows with id, how (null while
-    it trains), origin, score, early and a column per key; curves: rows with trial, step and score; rung: the first
-    step at which trials are compared; last: meta-steps of a whole trial.
+    it trains), origin, score and a column per key; early: rows with the values that a trial began with and its score
+    under them at `rung`, the first step at which trials are compared; curves: rows with trial, step and score; last:
+    meta-steps of a whole trial.
     """
 
     keys: tuple[str, ...]
     logarithmic: frozenset[str]
     measure: Measure
     trials: Sequence[Row]
+    early: Sequence[Row]
     curves: Sequence[Row]
     rung: int
     last: int
@@ -54,7 +56,7 @@ class Found(NamedTuple):
 
     def shares(self) -> dict[str, float]:
         """Importance of each key by the scores at which trials are first compared; empty with too few."""
-        return importance(self.keys, self.trials, "early", self.measure.higher_is_better, self.logarithmic)
+        return importance(self.keys, self.early, "early", self.measure.higher_is_better, self.logarithmic)
 
 
 def save(found: Found, folder: Path) -> dict[str, Path]:
@@ -333,7 +335,7 @@ def important(found: Found, figure: Any) -> None:
     panel = figure.subplots()
     panel.set_title(f"Importance by the scores behind {found.rung:,} meta-steps", loc="left")
     if not shares:
-        known = sum(row["early"] is not None for row in found.trials)
+        known = sum(row["early"] is not None for row in found.early)
         told = (
             f"{known} of the {FEWEST} scores that are needed" if known < FEWEST else "all trials have the same values"
         )

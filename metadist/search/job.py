@@ -137,7 +137,7 @@ def _resolved(base: Config, processes: int) -> Config:
     return shared.with_values(cluster={"workers": workers})
 
 
-FREE_ON_RESUME = ("search.concurrent", "search.trials", "cluster", "tracking")
+FREE_ON_RESUME = ("search.concurrent", "search.trials", "search.budget", "cluster", "tracking")
 """Keys and sections that a resumed search may change; of the trials there can only be more."""
 
 

@@ -57,7 +57,10 @@ class Search(Tree):
     selection: Positive = Field(1000, description="validation tasks on which finalists are judged")
     fresh: Positive = Field(1000, description="validation tasks nobody has seen, on which the winner's gain is told")
     retries: Count = Field(1, description="of a trial whose process died")
-    budget: Rate | None = Field(None, description="minutes after which no further trial is started")
+    budget: Rate | None = Field(
+        None,
+        description="minutes of all drivers together after which no further trial is started; may change on resume",
+    )
 
     @model_validator(mode="after")
     def _each_key_is_read(self) -> "Search":

@@ -17,6 +17,7 @@ import queue
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -36,7 +37,7 @@ from ray.util.placement_group import PlacementGroup
 from metadist.config import Cluster
 from metadist.data.files import cache_folder
 from metadist.errors import ClusterError, StorageError
-from metadist.runtime.cluster import reserved
+from metadist.runtime.cluster import free, hosts, reserved
 from metadist.runtime.runtime import Say
 from metadist.runtime.train import Stopped
 from metadist.search.director import Director, Finished, Graft, Start
@@ -55,6 +56,9 @@ ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 """Tune prints nothing and keeps nothing."""
+
+LOOKS = 5.0
+"""Seconds between two looks at trials that wait for a place."""
 
 Show = Callable[[Sequence[Trial]], None]
 """Draws the trials as they are now."""
@@ -299,8 +303,11 @@ class _Broken(BaseException):
 
 
 class _Stopper(Stopper):
-    def __init__(self, calls: _Calls) -> None:
-        self.calls = calls
+    """Tune asks it all the time, so it also sees when a trial waits long for a place."""
+
+    def __init__(self, calls: _Calls, say: Say) -> None:
+        self.calls, self.say = calls, say
+        self._looked, self._waiting, self._told = time.monotonic(), 0, False
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
@@ -308,7 +315,21 @@ class _Stopper(Stopper):
     def stop_all(self) -> bool:
         if self.calls.broken is not None:
             raise _Broken
+        if time.monotonic() - self._looked > LOOKS:
+            self._looked = time.monotonic()
+            with self.calls.kept():
+                self._look()
         return False
+
+    def _look(self) -> None:
+        """Tell once what is waited for, when there was no place at two looks."""
+        states = [placement_group_table(group).get("state") for group in _made]
+        self._waiting = self._waiting + 1 if "PENDING" in states else 0
+        if self._waiting >= 2 and not self._told:
+            needs = free(ray, self.calls.job.base.cluster)
+            running = states.count("CREATED")
+            self.say(f"a trial waits for a place on the cluster, where {running} compute: {needs}")
+        self._told = self._waiting >= 2
 
 
 def _why_it_died(error: Exception | None) -> str:
@@ -332,7 +353,7 @@ def fit(job: SearchJob, director: Director, folder: Path, show: Show, say: Say) 
     show(director.trials)
     whole = False
     try:
-        _tune(calls)
+        _tune(calls, say)
         whole = True
     finally:
         left = _clear_away()
@@ -351,12 +372,10 @@ def _group(cluster: Cluster) -> TrialGroup:
 
 def _this_host() -> str:
     """The resource that every host has of its own."""
-    me = ray.get_runtime_context().get_node_id()
-    (node,) = (node for node in ray.nodes() if node["NodeID"] == me)
-    return next(str(name) for name in node["Resources"] if name.startswith("node:") and "__" not in name)
+    return next(name for name in hosts(ray)[0] if name.startswith("node:") and "__" not in name)
 
 
-def _tune(calls: _Calls) -> None:
+def _tune(calls: _Calls, say: Say) -> None:
     storage = tempfile.mkdtemp(prefix="metadist-tune-")
     try:
         with _surroundings(calls.job.search.processes):
@@ -374,7 +393,7 @@ def _tune(calls: _Calls) -> None:
                     storage_path=storage,
                     name="search",
                     verbose=0,
-                    stop=_Stopper(calls),
+                    stop=_Stopper(calls, say),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                     failure_config=tune.FailureConfig(max_failures=0),
                 ),

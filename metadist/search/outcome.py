@@ -148,7 +148,7 @@ class _Lines(NamedTuple):
             except (Interrupted, Preempted):
                 raise KeyboardInterrupt from None  # of the search
             scores = {name: _number(last.get(name, math.nan)) for name in ("score", "ci95")}
-            return plain({**end._asdict(), **scores})
+            return {**end._asdict(), "facts": plain(end.facts), **scores}
 
         return bool(_once(self.ledger, "alone", find, id=trial.id)["how"] == "finished")
 
