@@ -22,7 +22,7 @@ class Found(NamedTuple):
     keys: searched, in the job's order; logarithmic: those drawn by magnitude; trials: rows with id, how (null while
     it trains), origin, score and a column per key; early: rows with the values that a trial began with and its score
     under them at `rung`, the first step at which trials are compared; curves: rows with trial, step and score; last:
-    meta-steps of a whole trial.
+    meta-steps of a whole trial; winner: id of the trial that was chosen, where one was.
     """
 
     keys: tuple[str, ...]
@@ -33,6 +33,7 @@ class Found(NamedTuple):
     curves: Sequence[Row]
     rung: int
     last: int
+    winner: str | None = None
 
     @property
     def judged(self) -> list[Row]:
@@ -42,9 +43,11 @@ class Found(NamedTuple):
 
     @property
     def best(self) -> Row:
-        """The best trial that took all its steps; where none did, the best one."""
+        """The winner; before there is one, the best trial that took all its steps; where none did, the best one."""
         judged = self.judged
-        return next((row for row in reversed(judged) if row["how"] == "finished"), judged[-1])
+        chosen = (row for row in judged if row["id"] == self.winner)
+        finished = (row for row in reversed(judged) if row["how"] == "finished")
+        return next(chosen, None) or next(finished, judged[-1])
 
     @property
     def unit(self) -> float:
@@ -222,6 +225,7 @@ def curves(found: Found, figure: Any) -> None:
     panel.set_xlabel("meta-steps")
     panel.set_ylabel(found.label)
     panel.set_title("Validation of every trial", loc="left")
+    panel.set_xticks([tick for tick in panel.get_xticks() if 0 <= tick <= found.last])
     panel.set_xlim(right=found.last * 1.2)
     _plain(panel)
     figure.colorbar(colour.scale, ax=panel, label="last score" + (" (%)" if found.unit == 100 else ""))
@@ -229,11 +233,11 @@ def curves(found: Found, figure: Any) -> None:
 
 def _end_labels(panel: Any, found: Found, rows: Sequence[Row], best: str) -> None:
     """Names of curves at their ends, moved apart where they would overlap."""
-    ends = []
+    ends, first = [], "winner" if found.winner else "best"
     for row in rows:
         points = [point for point in found.curves if point["trial"] == row["id"]]
         words = [
-            word for word, so in (("best", row["id"] == best), ("the job's own", row["origin"] == "baseline")) if so
+            word for word, so in ((first, row["id"] == best), ("the job's own", row["origin"] == "baseline")) if so
         ]
         ends.append((found.unit * points[-1]["score"], points[-1]["step"], f"{row['id']} {', '.join(words)}"))
     low, high = panel.get_ylim()

@@ -206,7 +206,7 @@ CAPTIONS = {
     "heatmap": "Best last validation in each cell, and how many trials are behind it.",
     "curves": "Validation on the way. A cross ends the curve of a trial that was stopped early, a triangle one that "
     "failed.",
-    "parallel": "Each line is a trial. Dashed ones did not finish.",
+    "parallel": "Each line is a trial, the thick one the winner. Dashed ones did not finish.",
     "importance": "How much of reaching the best tenth of the trials each key accounts for (PED-ANOVA, "
     "Watanabe, Bansal and Hutter 2023), by their scores at the first step at which trials are compared.",
 }

@@ -136,6 +136,7 @@ def write_parquet(path: Path, table: pa.Table) -> None:
 
 def found(job: SearchJob, trials: Sequence[Trial], events: Sequence[Event] = ()) -> Found:
     """What the figures are drawn from."""
+    chosen = next((event["id"] for event in reversed(events) if event.get("event") == "selected"), None)
     return Found(
         keys=tuple(job.search.space),
         logarithmic=frozenset(key for key, domain in job.search.space.items() if isinstance(domain, LogUniform)),
@@ -145,4 +146,5 @@ def found(job: SearchJob, trials: Sequence[Trial], events: Sequence[Event] = ())
         curves=curve_rows(trials),
         rung=job.search.first_rung(job.base),
         last=job.base.outer.steps,
+        winner=chosen,
     )

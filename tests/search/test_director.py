@@ -11,6 +11,7 @@ from simulated_search import CONDITIONS, Kept, job, search
 from metadist.errors import ConfigError, StorageError
 from metadist.search.director import Director, Finished, Start, Wait
 from metadist.search.events import trials_of
+from metadist.search.job import refuse_changed_search
 from metadist.search.ledger import Ledger
 
 SEARCHERS, SCHEDULERS = ("random", "grid", "optuna"), ("fifo", "asha", "median")
@@ -256,6 +257,38 @@ def test_the_budget_is_an_event_and_spans_drivers():
     now[0] = 0.0
     assert Director(task, ledger, clock=lambda: now[0]).next() == Finished()
     assert [event["event"] for event in ledger.events].count("budget") == 1
+
+
+def test_a_budget_that_is_raised_goes_on():
+    now = [0.0]
+    task, ledger = job(searcher="random", scheduler="fifo", budget=1.0, concurrent=1), Kept()
+    director = Director(task, ledger, clock=lambda: now[0])
+    director.next()
+    now[0] = 70.0
+    director.end("000", "finished", 8, "", {})
+    assert director.next() == Finished() and director.over.startswith("search.budget: its 1 minutes are over")
+    assert Director(task, ledger, clock=lambda: 0.0).next() == Finished()
+    for budget in (2.0, None):
+        more = job(searcher="random", scheduler="fifo", budget=budget, concurrent=1)
+        refuse_changed_search(task, more)
+        again = Director(more, Kept(ledger.events), clock=lambda: now[0])
+        assert again.over == "" and again.next().trial.id == "001"
+        now[0] += 60.0  # 130 s in all
+        again.end("001", "finished", 8, "", {})
+        assert isinstance(again.next(), Finished if budget else Start)
+
+
+def test_a_draw_that_finds_nothing_ends_the_drawing_alone():
+    """A condition that one point in some hundreds meets: what was tried stands, and is concluded."""
+    rare = [{"when": {}, "need": {"algorithm.inner_lr": {"at_least": 4.93}}}]
+    task = job(searcher="random", scheduler="fifo", conditions=rare, trials=1000)
+    ledger = Kept()
+    director = search(task, ledger)
+    assert 3 < len(director.trials) < 1000, "else this test shows nothing"
+    (event,) = (event for event in ledger.events if event["event"] == "exhausted")
+    assert director.over == event["reason"] and "algorithm.inner_lr at least 4.93" in event["reason"]
+    assert Director(task, ledger).next() == Finished()
+    assert [event["event"] for event in ledger.events].count("exhausted") == 1
 
 
 def test_what_is_not_durable_has_not_been_decided():

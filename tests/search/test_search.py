@@ -235,6 +235,55 @@ def test_a_full_disk_under_the_ledger_ends_the_search(
     assert_each_is_a_run(folder, tmp_path)
 
 
+@pytest.mark.chaos
+@pytest.mark.cluster
+def test_what_is_waited_for_is_told(
+    job_file: Path, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others have reserved all CPUs until then."""
+    import ray
+    from ray.util import placement_group, remove_placement_group
+
+    others, said = placement_group([{"CPU": 3}]), []
+    ray.get(others.ready())
+
+    def say(line: str) -> None:
+        said.append(line)
+        if "waits for a place" in line:
+            remove_placement_group(others)
+
+    monkeypatch.setattr("metadist.search.run._say", say)
+    monkeypatch.setattr("metadist.search.on_tune.LOOKS", 0.5)
+    folder = search(job_file, ["search.trials=2", f"cluster.address={cluster.address}"], tmp_path / "search")
+    assert hows(trials_in(folder)) == ["finished", "finished"]
+    (line,) = (line for line in said if "waits for a place" in line)
+    assert line == "a trial waits for a place on the cluster, where 0 compute: each needs 1 CPU, 0 are free"
+
+
+@pytest.mark.chaos
+@pytest.mark.cluster
+def test_trials_reserve_shares_of_gpus(
+    job_file: Path, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch, wait_until: Any
+) -> None:
+    """Two at once with three quarters of a logical GPU each; all of both is free again behind them."""
+    import ray
+
+    from metadist.search.run import _Shown
+
+    free, show = set(), _Shown.__call__
+
+    def watched(shown: Any, trials: Any) -> None:
+        free.add(ray.available_resources().get("GPU", 0.0))
+        show(shown, trials)
+
+    monkeypatch.setattr(_Shown, "__call__", watched)
+    words = ["cluster.resources={GPU: 0.75}", "outer.steps=30", "search.trials=2", f"cluster.address={cluster.address}"]
+    folder = search(job_file, words, tmp_path / "search")
+    assert hows(trials_in(folder)) == ["finished", "finished"]
+    assert min(free) == pytest.approx(0.5)
+    wait_until(lambda: ray.available_resources().get("GPU") == 2.0, 20, "the GPUs of trials that have ended")
+
+
 # --- the driver's death ------------------------------------------------------------
 
 KILLED = """
