@@ -46,13 +46,22 @@ class Finished(NamedTuple):
     notes: list[str]
 
 
+Begin = Callable[[Config, list[Table], Snapshot | None, Callable[[str], None], str | None], Runtime]
+"""Makes what computes a run; `start` is one."""
+
+
 def train(
-    config: Config, job: str, run_dir: Path | None = None, started: float | None = None, watch: Watch | None = None
+    config: Config,
+    job: str,
+    run_dir: Path | None = None,
+    started: float | None = None,
+    watch: Watch | None = None,
+    begin: Begin | None = None,
 ) -> Finished:
     """Meta-train a config into a new run folder. started: unix time of the process's start.
 
     watch: called behind every validation, once its checkpoint is handed over; what it raises ends the run, Stopped
-    first of all, and nothing is left but the run folder.
+    first of all, and nothing is left but the run folder. begin: makes what computes it, where the config does not say.
     """
     path = run_dir or fresh_name(job)
     refuse_existing(path)
@@ -60,7 +69,7 @@ def train(
     say = _printer()
     tables = checked_tables(config, say)
     name = run_name(path)
-    runtime = start(config, tables, None, say, name)
+    runtime = (begin or start)(config, tables, None, say, name)
     try:
         folder = RunFolder.create(path, config, name)
         try:
@@ -71,31 +80,23 @@ def train(
         runtime.close()
 
 
-def train_with(config: Config, tables: list[Table], path: Path, runtime: Runtime, record: dict[str, Any]) -> Finished:
-    """Meta-train a resolved config into a new run folder with a runtime of its own.
-
-    record: what is known of the run beforehand, as a checkpoint has it, such as `reproducible`.
-    """
-    refuse_existing(path)
-    config = with_tracking(config, path)
-    folder = RunFolder.create(path, config, run_name(path))
-    try:
-        return _run(config, tables, folder, runtime, None, record, None, None)
-    finally:
-        folder.unlock()
-
-
-def resume(run_dir: Path, overrides: list[str], started: float | None = None, watch: Watch | None = None) -> Finished:
-    """Go on with a run from its newest good checkpoint."""
+def resume(
+    run_dir: Path,
+    overrides: list[str],
+    started: float | None = None,
+    watch: Watch | None = None,
+    begin: Begin | None = None,
+) -> Finished:
+    """Go on with a run from its newest good checkpoint; the rest as for `train`."""
     folder = RunFolder.open(run_dir)
     try:
-        return _resume(run_dir, folder, overrides, started, watch)
+        return _resume(run_dir, folder, overrides, started, watch, begin or start)
     finally:
         folder.unlock()
 
 
 def _resume(
-    run_dir: Path, folder: RunFolder, overrides: list[str], started: float | None, watch: Watch | None
+    run_dir: Path, folder: RunFolder, overrides: list[str], started: float | None, watch: Watch | None, begin: Begin
 ) -> Finished:
     say = _printer()
     before = folder.config()
@@ -122,7 +123,7 @@ def _resume(
     data = data_fingerprint(tables)
     if then.get("data", data) != data:
         raise RunError(f"{run_dir}: the data are not those of the run: {data} instead of {then['data']}")
-    runtime = start(config, tables, snapshot, say, folder.name)
+    runtime = begin(config, tables, snapshot, say, folder.name)
     try:
         told = differences(then, runtime.fingerprint) if then else ""
         if told:
@@ -208,7 +209,7 @@ def _run(
     rows = read_metrics(folder.path / "metrics.parquet")
     lost = max((int(row["step"]) for row in rows), default=first) - first
     record = record | {"steps_recomputed": record.get("steps_recomputed", 0) + max(0, lost)}
-    if config.cluster.strategy == "async":
+    if not runtime.exact:
         record = record | {"reproducible": False}
     follower, patience = follow.start(folder.path, config), TRACKING_SECONDS
     try:

@@ -20,7 +20,7 @@ import yaml
 
 from metadist.algorithms.algorithm import Algorithm, State, Theta
 from metadist.bench.record import Row
-from metadist.config import Config, resolve, to_yaml
+from metadist.config import Config, resolve
 from metadist.data.sources import prepare
 from metadist.engine.engine import Engine
 from metadist.engine.packed import vectorised_packed
@@ -34,8 +34,7 @@ TURNS = 5
 RATES = (0.1, 0.19, 0.37, 0.72, 1.4, 2.7, 5.2, 10.0)
 STEPS = (0, 1, 2, 3, 5)
 PACKS = (2, 4, 8)
-TRIALS = (0.1, 0.3, 1.0, 3.0)
-TRIAL_TURNS = 2
+SEARCH_TURNS = 2
 
 METHOD = {"name": "maml", "inner_lr": 0.5}
 JOBS: dict[str, dict[str, Any]] = {
@@ -57,7 +56,7 @@ def job(name: str) -> Config:
 def run(say: Callable[[str], None]) -> list[Row]:
     """The suite; some seven minutes."""
     rows = [row for name in JOBS for row in (*sweep_rows(name, TURNS, say), *packed_rows(name, TURNS, say))]
-    return [*rows, *trial_rows(say), *overhead_rows(say)]
+    return [*rows, *search_rows(say)]
 
 
 def sweep_rows(name: str, turns: int, say: Callable[[str], None]) -> list[Row]:
@@ -127,98 +126,86 @@ def _one_by_one(
     return [vectorised(method, theta, state, episodes, ways, 0) for method, theta, state in each]
 
 
-def trial_rows(say: Callable[[str], None]) -> list[Row]:
-    """Whole trials on one core, start-up and validations and all: a process for each, or packed in one process."""
-    every: dict[str, list[float]] = {"alone": [], "packed": []}
-    for turn in range(TRIAL_TURNS):
-        with tempfile.TemporaryDirectory() as folder:
-            for which, function in (("alone", _processes), ("packed", _packed)):
-                began = time.perf_counter()
-                function(Path(folder))
-                every[which].append(3600 * len(TRIALS) / (time.perf_counter() - began))
-        say(f"turn {turn + 1}/{TRIAL_TURNS}: " + ", ".join(f"{k} {v[-1]:,.0f}" for k, v in every.items()) + " trials/h")
-    names = "one process per trial", f"packed {len(TRIALS)}, one process"
-    return pair(*names, every["alone"], every["packed"], "trials/h")
+def search_rows(say: Callable[[str], None]) -> list[Row]:
+    """Searches of eight equal trials on two cores: a process of Tune's for each trial, or packed in two processes.
 
-
-def overhead_rows(say: Callable[[str], None]) -> list[Row]:
-    """Eight equal trials, two at once: from the first one's start to the last one's end, beside half of what they took.
-
-    Without the start of Ray. None where Ray is not installed.
+    Wall time is from the first trial's start to the last one's end, without the start of Ray and the conclusion. Of
+    the unpacked ones also what the search cost beside half of what its trials took. None where Ray is not installed.
     """
     if importlib.util.find_spec("ray") is None:
         say("without Ray there is no search to measure")
         return []
-    with tempfile.TemporaryDirectory() as name:
-        folder, path = Path(name) / "search", Path(name) / "search.yaml"
-        path.write_text(yaml.safe_dump({"search": EIGHT, **_trial_job().model_dump(mode="json")}))
-        _command("from metadist.cli import main; main()", "search", str(path), "--run-dir", str(folder))
+    rows = []
+    for name in JOBS:
+        walls: dict[str, list[float]] = {"alone": [], "packed": []}
+        for turn in range(SEARCH_TURNS):
+            for which, search in (("alone", {"concurrent": 2}), ("packed", {"concurrent": 8, "pack": 4})):
+                wall, half = _searched(name, search)
+                walls[which].append(3600 * EIGHT["trials"] / wall)
+                if (name, which, turn) == ("stride2", "alone", 0):
+                    plain = f"half the time of {EIGHT['trials']} trials"
+                    rows = [
+                        Row(plain, half, "s", None, None, 1),
+                        Row("a search of them, two at once", wall, "s", plain, wall / half, 1),
+                    ]
+                    say(f"{EIGHT['trials']} trials two at once: {wall:.1f} s, {plain} {half:.1f} s")
+            told = ", ".join(f"{k} {v[-1]:,.0f}" for k, v in walls.items())
+            say(f"{name}, turn {turn + 1}/{SEARCH_TURNS}: {told} trials/h")
+        names = f"search, a process per trial, {name}", f"search, packs of 4, {name}"
+        rows += pair(*names, walls["alone"], walls["packed"], "trials/h")
+    return rows
+
+
+EIGHT: dict[str, Any] = {
+    "searcher": "random", "scheduler": "fifo", "trials": 8,
+    "baseline": False, "finalists": 1, "selection": 20, "fresh": 20,
+}  # fmt: skip
+"""Of trials that take equally long."""
+
+BETWEEN = {"stride2": [0.5, 3], "regression": [0.003, 0.03]}
+"""Inner rates at which nothing diverges."""
+
+
+def _searched(name: str, search: dict[str, Any]) -> tuple[float, float]:
+    """Seconds of a search's trials, and half of what they took each by itself, added up."""
+    with tempfile.TemporaryDirectory() as place:
+        folder, path = Path(place) / "search", Path(place) / "search.yaml"
+        path.write_text(yaml.safe_dump(search_job(name, search)))
+        words = [str(path), "--run-dir", str(folder)]
+        code = "from metadist.cli import main; main()"
+        ended = subprocess.run(
+            [sys.executable, "-c", code, "search", *words], capture_output=True, text=True, check=False
+        )
+        if ended.returncode:
+            raise RunError(
+                f"bench search: a search ended with {ended.returncode}: {ended.stderr.strip().splitlines()[-1:]}"
+            )
         events = read_ledger(folder / "ledger.jsonl")
     began = next(event["seconds"] for event in events if event["event"] == "trial")
     ends = [event for event in events if event["event"] == "end"]
     half = sum(event["facts"]["seconds"] for event in ends) / 2
-    wall = max(event["seconds"] for event in ends) - began
-    plain = f"half the time of {len(ends)} trials"
-    say(f"{len(ends)} trials two at once: {wall:.1f} s, {plain} {half:.1f} s")
-    return [
-        Row(plain, half, "s", None, None, 1),
-        Row("a search of them, two at once", wall, "s", plain, wall / half, 1),
-    ]
+    return max(event["seconds"] for event in ends) - began, half
 
 
-EIGHT = {
-    "space": {"algorithm.inner_lr": {"loguniform": [0.5, 3]}}, "searcher": "random", "scheduler": "fifo", "trials": 8,
-    "concurrent": 2, "finalists": 1, "selection": 20, "fresh": 20,
-}  # fmt: skip
-"""Of trials that take equally long."""
+def search_job(name: str, search: dict[str, Any]) -> dict[str, Any]:
+    """A job file of eight trials. search: how many at once."""
+    space = {"algorithm.inner_lr": {"loguniform": BETWEEN[name]}}
+    return {"search": {**EIGHT, "space": space, **search}, **trial_job(name).model_dump(mode="json")}
 
 
-def _processes(folder: Path) -> None:
-    path = folder / "job.yaml"
-    path.write_text(to_yaml(_trial_job()))
-    for n, rate in enumerate(TRIALS):
-        words = [str(path), f"algorithm.inner_lr={rate}", "--run-dir", str(folder / f"alone-{n}")]
-        _command("from metadist.cli import main; main()", "train", *words)
-
-
-def _packed(folder: Path) -> None:
-    path = folder / "search.yaml"
-    raw = _trial_job().model_dump(mode="json")
-    path.write_text(yaml.safe_dump({"search": {"space": {"algorithm.inner_lr": {"choice": list(TRIALS)}}}, **raw}))
-    _command(PACKED, str(path), str(folder / "packed"))
-
-
-PACKED = """
-import sys
-from pathlib import Path
-from metadist.search.job import load_search
-from metadist.search.packed import run_packed
-from metadist.search.state import Trial
-job = load_search(sys.argv[1])
-points = [{"algorithm.inner_lr": rate} for rate in job.search.space["algorithm.inner_lr"].choice]
-trials = [Trial(f"{n:03}", n, "random", point) for n, point in enumerate(points)]
-for end in run_packed(job, trials, Path(sys.argv[2]), lambda *_: "go", lambda line: None).values():
-    if isinstance(end, Exception):
-        raise end
-"""
-"""What a packed process does."""
-
-
-def _command(code: str, *words: str) -> None:
-    ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
-    if ended.returncode:
-        raise RunError(f"bench search: a trial ended with {ended.returncode}: {ended.stderr.strip().splitlines()[-1:]}")
-
-
-def _trial_job() -> Config:
-    """60 meta-steps of the quickstart with one query."""
-    return job("stride2").with_values(
-        task={"queries": 1, "meta_batch": 16, "shard": 8},
-        outer={"steps": 60, "lr": 5e-3},
+def trial_job(name: str) -> Config:
+    """Some meta-steps of one of `JOBS`: of the network with one query, of the sinusoids as they are."""
+    few = {"queries": 1, "meta_batch": 16, "shard": 8} if name == "stride2" else {}
+    return job(name).with_values(
+        task=few,
+        outer={"steps": STEPS_OF[name], "lr": 5e-3},
         cluster={"workers": 0},
-        eval={"every": 30, "val_episodes": 80, "test": False},
+        eval={"every": STEPS_OF[name] // 2, "val_episodes": 80, "test": False},
         tracking={"uri": "off"},
     )
+
+
+STEPS_OF = {"stride2": 60, "regression": 1000}
 
 
 def in_turn(contenders: dict[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:

@@ -14,6 +14,7 @@ class TaskConditioned(InnerLoop):
     family = "task embedding"
     paper = "metadist, after MAML"
     orders = "1 or 2"
+    compares_tasks = True
     name: Literal["task-conditioned"] = "task-conditioned"
     order: Literal[1, 2] = Field(2, description="1 drops the second derivatives of the inner loop")
     embedding: Positive = Field(32, description="numbers in the embedding of a task")

@@ -20,6 +20,8 @@ class Algorithm(Tree):
     """whether it also learns regression tasks"""
     finetunable: ClassVar[bool] = False
     """whether `eval.finetune_steps` can adapt it further at test"""
+    compares_tasks: ClassVar[bool] = False
+    """whether its loss also compares the tasks of a shard with one another"""
 
     def check(self, config: Any) -> None:
         """Raise ValueError where other keys of the whole config do not go with this method."""

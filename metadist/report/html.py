@@ -40,6 +40,7 @@ p { margin: .3rem 0; max-width: 46rem; } .first { font-size: 1.1rem; font-weight
 figure { margin: 2rem 0; } img { max-width: 100%; height: auto; } figcaption, .note { color: #555; font-size: .9rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
+td:last-child:not(.number) { min-width: 12rem; }
 th { border-bottom: 2px solid #888; } .number { text-align: right; white-space: nowrap; }
 """
 
@@ -91,5 +92,8 @@ def _cells(tag: str, cells: Sequence[str], numbers: Sequence[bool]) -> str:
 
 def _is_number(cell: str) -> bool:
     """Such as `1,000`, `0.05`, `93.1 ± 0.4 %` or a missing one."""
-    first = cell.split(" ")[0].replace(",", "").lstrip("+-−")
-    return cell in ("–", "None") or first.replace(".", "", 1).replace("e-", "", 1).isdigit()
+    try:
+        float(cell.split(" ")[0].replace(",", "").replace("−", "-"))
+    except (ValueError, IndexError):
+        return cell in ("–", "None")
+    return True

@@ -20,17 +20,20 @@ class Found(NamedTuple):
     """What a search knows of its trials.
 
     keys: searched, in the job's order; logarithmic: those drawn by magnitude; trials: rows with id, how (null while
-    it trains), origin, score, early and a column per key; curves: rows with trial, step and score; rung: the first
-    step at which trials are compared; last: meta-steps of a whole trial.
+    it trains), origin, score and a column per key; early: rows with the values that a trial began with and its score
+    under them at `rung`, the first step at which trials are compared; curves: rows with trial, step and score; last:
+    meta-steps of a whole trial; winner: id of the trial that was chosen, where one was.
     """
 
     keys: tuple[str, ...]
     logarithmic: frozenset[str]
     measure: Measure
     trials: Sequence[Row]
+    early: Sequence[Row]
     curves: Sequence[Row]
     rung: int
     last: int
+    winner: str | None = None
 
     @property
     def judged(self) -> list[Row]:
@@ -40,9 +43,11 @@ class Found(NamedTuple):
 
     @property
     def best(self) -> Row:
-        """The best trial that took all its steps; where none did, the best one."""
+        """The winner; before there is one, the best trial that took all its steps; where none did, the best one."""
         judged = self.judged
-        return next((row for row in reversed(judged) if row["how"] == "finished"), judged[-1])
+        chosen = (row for row in judged if row["id"] == self.winner)
+        finished = (row for row in reversed(judged) if row["how"] == "finished")
+        return next(chosen, None) or next(finished, judged[-1])
 
     @property
     def unit(self) -> float:
@@ -54,7 +59,7 @@ class Found(NamedTuple):
 
     def shares(self) -> dict[str, float]:
         """Importance of each key by the scores at which trials are first compared; empty with too few."""
-        return importance(self.keys, self.trials, "early", self.measure.higher_is_better, self.logarithmic)
+        return importance(self.keys, self.early, "early", self.measure.higher_is_better, self.logarithmic)
 
 
 def save(found: Found, folder: Path) -> dict[str, Path]:
@@ -220,6 +225,7 @@ def curves(found: Found, figure: Any) -> None:
     panel.set_xlabel("meta-steps")
     panel.set_ylabel(found.label)
     panel.set_title("Validation of every trial", loc="left")
+    panel.set_xticks([tick for tick in panel.get_xticks() if 0 <= tick <= found.last])
     panel.set_xlim(right=found.last * 1.2)
     _plain(panel)
     figure.colorbar(colour.scale, ax=panel, label="last score" + (" (%)" if found.unit == 100 else ""))
@@ -227,11 +233,11 @@ def curves(found: Found, figure: Any) -> None:
 
 def _end_labels(panel: Any, found: Found, rows: Sequence[Row], best: str) -> None:
     """Names of curves at their ends, moved apart where they would overlap."""
-    ends = []
+    ends, first = [], "winner" if found.winner else "best"
     for row in rows:
         points = [point for point in found.curves if point["trial"] == row["id"]]
         words = [
-            word for word, so in (("best", row["id"] == best), ("the job's own", row["origin"] == "baseline")) if so
+            word for word, so in ((first, row["id"] == best), ("the job's own", row["origin"] == "baseline")) if so
         ]
         ends.append((found.unit * points[-1]["score"], points[-1]["step"], f"{row['id']} {', '.join(words)}"))
     low, high = panel.get_ylim()
@@ -333,7 +339,7 @@ def important(found: Found, figure: Any) -> None:
     panel = figure.subplots()
     panel.set_title(f"Importance by the scores behind {found.rung:,} meta-steps", loc="left")
     if not shares:
-        known = sum(row["early"] is not None for row in found.trials)
+        known = sum(row["early"] is not None for row in found.early)
         told = (
             f"{known} of the {FEWEST} scores that are needed" if known < FEWEST else "all trials have the same values"
         )

@@ -164,6 +164,8 @@ def _all_reduce() -> Callable[[np.ndarray], np.ndarray]:
 class AllReduce:
     """`cluster.strategy: allreduce`."""
 
+    exact = True
+
     def __init__(self, config: Config, tables: Sequence[Table], snapshot: Snapshot | None, say: Say) -> None:
         self.config, self.say = config, say
         self.paths = [str(table.path) for table in tables]

@@ -36,6 +36,8 @@ class Result(NamedTuple):
 class Asynchronous:
     """`cluster.strategy: async`."""
 
+    exact = False
+
     def __init__(self, config: Config, tables: Sequence[Table], snapshot: Snapshot | None, say: Say) -> None:
         self.config, self.say = config, say
         self.step, self.earlier = snapshot.step if snapshot else 0, list[Report]()

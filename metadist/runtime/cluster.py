@@ -109,6 +109,19 @@ def room(ray: Any, cluster: Cluster) -> int:
     return min([cluster.most, *each])
 
 
+def hosts(ray: Any) -> list[dict[str, float]]:
+    """What each living host of the cluster has in all, by Ray's names; this process's first."""
+    me = ray.get_runtime_context().get_node_id()
+    living = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"] != me)
+    return [node["Resources"] for node in living]
+
+
+def places(host: dict[str, float], cluster: Cluster) -> int:
+    """How many workers fit on a host, were it empty; `cluster.workers` where nothing is reserved for one."""
+    each = [int(host.get(kind, 0.0) // one) for kind, one in reserved(cluster).items() if one]
+    return min(each, default=max(1, cluster.most))
+
+
 def reserved(cluster: Cluster) -> dict[str, float]:
     """What a worker reserves, by Ray's names."""
     return {"CPU": _number(cluster.cpus), "GPU": _number(cluster.gpus), **cluster.resources}

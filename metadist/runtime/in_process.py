@@ -35,14 +35,14 @@ class Computing(Protocol):
 
 
 class InProcess:
-    """`cluster.workers: 0`. worker: the run's own without it."""
+    """`cluster.workers: 0`. worker: the run's own without it; one that computes with other runs is not exact."""
 
     workers = 0
 
     def __init__(
         self, config: Config, tables: Sequence[Table], snapshot: Snapshot | None, worker: Computing | None = None
     ) -> None:
-        self.config = config
+        self.config, self.exact = config, worker is None
         self.worker: Computing = worker or Worker(config, [str(table.path) for table in tables])
         introduction = self.worker.introduce()
         self.aggregator = self._aggregator(snapshot)

@@ -30,6 +30,8 @@ from metadist.runtime.worker import Receipt
 class OnRay:
     """`cluster.strategy: aggregator`, with `cluster.workers` ≥ 1."""
 
+    exact = True
+
     def __init__(
         self, config: Config, tables: Sequence[Table], snapshot: Snapshot | None, say: Say, run: str | None = None
     ) -> None:

@@ -48,11 +48,13 @@ class Runtime(Protocol):
     """Workers and an aggregator. A step is `begin`, `finish`, `apply`, in this order.
 
     step: the first to take; earlier: reports of steps since the checkpoint that need not be taken again, because
-    the aggregator outlived the driver that took them.
+    the aggregator outlived the driver that took them; exact: whether its bits are those of any other that computes
+    the same config.
     """
 
     step: int
     earlier: list[Report]
+    exact: bool
 
     def begin(self, step: int) -> None:
         """Let the workers start on a step; returns at once."""

@@ -24,11 +24,12 @@ from metadist.search.state import Trial
 class Answer(NamedTuple):
     """What the ledger says of the end of a search; None, or empty, where it has not come so far.
 
-    selection: the finalists' second judgement, by trial.
+    selection: the finalists' second judgement, by trial; alone: the end of a packed winner's run by itself.
     """
 
     winner: Trial | None
     selection: dict[str, Event]
+    alone: Event | None
     fresh: Event | None
     tested: Event | None
 
@@ -43,7 +44,18 @@ def answer(trials: Sequence[Trial], events: Sequence[Event]) -> Answer:
         about = winner.id if winner else None
         return next((e for e in reversed(events) if e.get("event") == name and e["id"] == about), None)
 
-    return Answer(winner, judged, last("fresh"), last("tested"))
+    return Answer(winner, judged, last("alone"), last("fresh"), last("tested"))
+
+
+def by_itself(trial: Trial) -> Trial:
+    """A packed trial as a run of its own, in a folder of its own."""
+    return Trial(f"{trial.id}-alone", trial.index, trial.origin, trial.values)
+
+
+def run_of(trial: Trial, events: Sequence[Event]) -> str:
+    """Folder in `trials/` of the run whose bits a trial is known by."""
+    alone = any(e.get("event") == "alone" and e["id"] == trial.id and e["how"] == "finished" for e in events)
+    return by_itself(trial).id if alone else trial.id
 
 
 def pareto(found: Sequence[Mapping[str, Any]], costs: Sequence[str], measure: Measure) -> list[Mapping[str, Any]]:
@@ -106,7 +118,10 @@ def score_words(found: Answer, measure: Measure) -> list[str]:
     told = []
     if found.winner is not None and found.winner.id in found.selection:
         chosen = found.selection[found.winner.id]
-        told.append(f"chosen by {interval(measure, chosen)} on {chosen['episodes']:,} validation tasks")
+        packed = ", packed with others" if found.alone is not None else ""
+        told.append(f"chosen by {interval(measure, chosen)} on {chosen['episodes']:,} validation tasks{packed}")
+    if found.alone is not None:
+        told.append(f"trained again by itself, to {interval(measure, found.alone)} in its last validation")
     if found.fresh is not None:
         told.append(gain_line(found.fresh, measure))
     if found.tested is not None:
@@ -119,8 +134,11 @@ def summary(job: SearchJob, trials: Sequence[Trial], events: Sequence[Event]) ->
     found = answer(trials, events)
     ends = [trial.end for trial in trials if trial.end]
     facts = found.winner.end.facts if found.winner and found.winner.end else {}
+    if found.alone is not None:
+        facts = found.alone["facts"]
     return {
         "winner": found.winner and found.winner.id,
+        "run": found.winner and f"trials/{run_of(found.winner, events)}",
         "values": found.winner and rows.values_of(job, found.winner),
         "theta_sha256": facts.get("theta_sha256"),
         "selection": {name: _without(event, "event", "id") for name, event in found.selection.items()},
@@ -188,7 +206,7 @@ CAPTIONS = {
     "heatmap": "Best last validation in each cell, and how many trials are behind it.",
     "curves": "Validation on the way. A cross ends the curve of a trial that was stopped early, a triangle one that "
     "failed.",
-    "parallel": "Each line is a trial. Dashed ones did not finish.",
+    "parallel": "Each line is a trial, the thick one the winner. Dashed ones did not finish.",
     "importance": "How much of reaching the best tenth of the trials each key accounts for (PED-ANOVA, "
     "Watanabe, Bansal and Hutter 2023), by their scores at the first step at which trials are compared.",
 }

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
+from metadist.errors import ConfigError
 from metadist.search.draw import grid, own_point, random_point
 from metadist.search.events import OWN, fold, plain
 from metadist.search.job import SearchJob
@@ -70,7 +71,8 @@ class Director:
         own = [event["seconds"] for event in ledger.events if event.get("event") in OWN]
         self._spent, self._began = max(own, default=0.0), clock()  # by drivers before this one; when this one began
         self._running: set[str] = set()  # given out by this driver
-        self._over = False
+        self.over = ""
+        """Why no further trial is started, for a person."""
         self._graft: Graft | None = None
         self._grid: list[Point] = []  # its first points
         self._rest = grid(job)
@@ -80,18 +82,33 @@ class Director:
     # --- what is asked -----------------------------------------------------------
 
     def next(self) -> Start | Graft | Wait | Finished:
-        """What to do now. Raises ConfigError where the conditions allow no further point, StorageError."""
+        """What to do now. Raises ConfigError where the conditions allow no point at all, StorageError."""
         self._bury()
         if self._graft is not None:
             return self._graft
-        if len(self._running) >= self.job.search.concurrent:
+        packs = {self._pack(int(id)) for id in self._running}
+        if len(packs) >= self.job.search.processes:
             return Wait()
-        able = (one for one in self.trials if one.end is None and not one.held and one.id not in self._running)
+        able = (one for one in self.trials if self._goes_on(one) and self._pack(one.index) not in packs)
         trial = next(able, None) or self._started()
         if trial is None:
             return self._turn() or (Wait() if self._running else Finished())
         self._running.add(trial.id)
         return Start(trial)
+
+    def beside(self, first: Trial) -> Trial | None:
+        """One more trial for the process of one that `next` has just given; None where its pack is whole.
+
+        Raises as `next` does.
+        """
+        pack = self._pack(first.index)
+        able = (one for one in self.trials if self._goes_on(one) and self._pack(one.index) == pack)
+        trial = next(able, None)
+        if trial is None and self._pack(len(self.trials)) == pack:
+            trial = self._started()
+        if trial is not None:
+            self._running.add(trial.id)
+        return trial
 
     def report(self, id: str, step: int, values: Mapping[str, float]) -> Decision:
         """Whether a trial goes on behind a validation. values: `score`, and what else was measured.
@@ -128,13 +145,26 @@ class Director:
 
     # --- what follows from the state -----------------------------------------------
 
+    def _pack(self, index: int) -> int:
+        return self.job.search.pack_of(index)
+
+    def _goes_on(self, trial: Trial) -> bool:
+        """Whether it has more to do, and nobody does it."""
+        return trial.end is None and not trial.held and trial.id not in self._running
+
     def _started(self) -> Trial | None:
         """A new trial; None where there is none to come."""
         search, index = self.job.search, len(self.trials)
         self._look_at_the_clock()
-        if self._over or index >= search.trials:
+        if self.over or index >= search.trials:
             return None
-        proposed = self._proposed(index)
+        try:
+            proposed = self._proposed(index)
+        except ConfigError as error:
+            if index <= search.baseline:  # nothing of the space was tried
+                raise
+            self._record("exhausted", reason=str(error))
+            return None
         if proposed is None:
             return None
         origin, values = proposed
@@ -192,7 +222,7 @@ class Director:
 
     def _look_at_the_clock(self) -> None:
         budget = self.job.search.budget
-        if budget is not None and not self._over and self._seconds() >= 60 * budget:
+        if budget is not None and not self.over and self._seconds() >= 60 * budget:
             self._record("budget", minutes=budget)
 
     # --- the events ------------------------------------------------------------------
@@ -205,8 +235,14 @@ class Director:
 
     def _apply(self, event: Event) -> None:
         fold(self.trials, event)
-        self._over = self._over or event.get("event") == "budget"
+        budget = self.job.search.budget
         match event:
+            case {"event": "budget", "minutes": minutes} if budget is not None and budget <= minutes:
+                self.over = (
+                    f"search.budget: its {budget:g} minutes are over; search.budget=MINUTES on resume gives more"
+                )
+            case {"event": "exhausted", "reason": reason}:
+                self.over = str(reason)
             case {"event": "generation", "step": step, "moves": moved}:
                 self._graft = Graft(step, tuple((self._trial(move["id"]), move["donor"]) for move in moved))
             case {"event": "grafted"}:

@@ -1,6 +1,7 @@
 """Points of the space by counter: trial i's is a pure function of the search's seed and of i, whatever was tried."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -22,23 +23,53 @@ RESOLUTION = 1 << 30
 
 def random_point(job: SearchJob, index: int) -> Point:
     """Every key drawn by itself; all of them again until the conditions allow the point. Raises ConfigError."""
-    space = job.search.space
+    space, refused = job.search.space, list[Point]()
     for attempt in range(ATTEMPTS):
         keys = key(job.search.seed, POINTS, index, attempt, torch.arange(len(space)))
         places = ((below(keys, 0, RESOLUTION).double() + 0.5) / RESOLUTION).tolist()
         point = had({name: domain.at(u) for (name, domain), u in zip(space.items(), places, strict=True)})
         if job.allows(point):
             return point
-    raise _nothing(job, index, point)
+        refused.append(point)
+    raise ConfigError(_why_none(job, f"none of {ATTEMPTS:,} points drawn for trial {index:03d}", refused))
 
 
-def _nothing(job: SearchJob, index: int, last: Point) -> ConfigError:
-    told = f"none of {ATTEMPTS:,} points drawn for trial {index:03d}"
-    try:
-        job.config(last)
-    except ConfigError as error:
-        return ConfigError(f"search.space: {told} is a run; the last: {str(error).removeprefix('search.space: ')}")
-    return ConfigError(f"search.conditions: {told} is allowed; loosen them, or narrow search.space to what they allow")
+def _why_none(job: SearchJob, told: str, refused: Sequence[Point]) -> str:
+    """A line about points of which none is allowed: what refuses most of them, and what would be valid."""
+    by: Counter[int] = Counter()
+    problem = ""
+    for point in refused:
+        try:
+            value_of = flatten(job.config(point))
+        except ConfigError as error:
+            problem = str(error).removeprefix("search.space: ")
+            continue
+        by.update(n for n, condition in enumerate(job.search.conditions) if not condition.holds(value_of))
+    if not by:
+        return f"search.space: {told} is a run; the last: {problem}"
+    (number, count), *others = by.most_common()
+    condition = job.search.conditions[number]
+    keys = [key for key in (*condition.need, *condition.when) if key in job.search.space]
+    drawn = "; ".join(f"search.space draws {key} by {job.search.space[key].model_dump()}" for key in keys)
+    return (
+        f"search.conditions: {told} is allowed; search.conditions.{number} refuses {count:,} of them: it asks for "
+        f"{condition}" + (f"; {drawn}" if drawn else "") + ("; others refuse the rest" if others else "")
+    )
+
+
+def check_draws(job: SearchJob) -> None:
+    """Refuse a space of which no point would be tried, before anything runs. Raises ConfigError."""
+    search = job.search
+    if search.trials <= search.baseline:
+        return
+    if search.searcher != "grid":
+        random_point(job, int(search.baseline))
+    elif next(grid(job), None) is None:
+        points = list(map(had, grid_points(search.space)))
+        refused = [point for point in points if not job.allows(point)]
+        if refused:
+            raise ConfigError(_why_none(job, f"none of {len(points):,} combinations", refused))
+        raise ConfigError("search.space: its only point is the job's own run; add values, or train it alone")
 
 
 def grid(job: SearchJob) -> Iterator[Point]:

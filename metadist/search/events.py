@@ -9,7 +9,8 @@ Events, by their `event`; each has `seconds`, those that drivers have spent on t
 - `held` {id}: a member of a population has come to the end of its generation;
 - `generation` {step, moves}: what the members do next, each move {id, donor, values};
 - `grafted` {step}: it is done, and all go on;
-- `budget` {minutes}: from here on no trial is started.
+- `budget` {minutes}: no trial is started any more, unless the budget is raised;
+- `exhausted` {reason}: no trial is started any more, the conditions allow none of those that would come.
 
 A number that is not finite stands as a word: nan, inf or -inf. Events of other names say nothing of trials.
 """
@@ -21,7 +22,7 @@ from typing import Any
 from metadist.search.ledger import Event
 from metadist.search.state import End, Report, Trial
 
-OWN = ("trial", "report", "retry", "end", "held", "generation", "grafted", "budget")
+OWN = ("trial", "report", "retry", "end", "held", "generation", "grafted", "budget", "exhausted")
 
 
 def trials_of(events: Iterable[Event]) -> list[Trial]:
@@ -47,6 +48,7 @@ def fold(trials: list[Trial], event: Event) -> None:
         case {"event": "generation", "step": step, "moves": moves}:
             for move in moves:
                 member, donor = trials[int(move["id"])], trials[int(move["donor"])]
+                member.drawn = member.drawn or member.values
                 changed = {key: value for key, value in move["values"].items() if donor.now[key] != value}
                 member.values = donor.values
                 member.stages = [*donor.stages, *([(step, changed)] if changed else [])]

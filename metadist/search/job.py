@@ -77,9 +77,9 @@ def checked(raw: dict[str, Any], origin: str) -> SearchJob:
     if not isinstance(section, dict):
         raise ConfigError(f"{origin}: has no section search, so there is nothing to search; `metadist train` trains it")
     given = validate(raw, origin)
-    base = _judged_alike(_resolved(given, section.get("concurrent")))
     try:
         search = Search.model_validate(section)
+        base = _judged_alike(_resolved(given, search.processes))
         search.fits(base)
     except ValidationError as error:
         line = one_line(error, section, Search)
@@ -128,19 +128,16 @@ def _check_schedules(search: Search, base: Config) -> None:
             raise ConfigError(f"search.space.{key}: search.scheduler=pbt changes values on the way: {told}") from error
 
 
-def _resolved(base: Config, concurrent: Any) -> Config:
+def _resolved(base: Config, processes: int) -> Config:
     """The run with every `auto` replaced; all trials at once share this machine's GPUs."""
     workers = base.cluster.workers
-    at_once = (
-        concurrent if isinstance(concurrent, int) and concurrent > 0 else Search.model_fields["concurrent"].default
-    )
     if base.cluster.address != "local" or not isinstance(workers, int):
         return resolve(base)
-    shared = resolve(base.with_values(cluster={"workers": at_once * max(1, workers)}))
+    shared = resolve(base.with_values(cluster={"workers": max(1, processes) * max(1, workers)}))
     return shared.with_values(cluster={"workers": workers})
 
 
-FREE_ON_RESUME = ("search.concurrent", "search.trials", "cluster", "tracking")
+FREE_ON_RESUME = ("search.concurrent", "search.trials", "search.budget", "cluster", "tracking")
 """Keys and sections that a resumed search may change; of the trials there can only be more."""
 
 

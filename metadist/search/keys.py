@@ -10,6 +10,9 @@ from metadist.tree import Count, Number, Positive, Rate, Seed, Tree
 
 Fraction = Annotated[float, Field(gt=0, lt=1), Number]
 
+PACKED = ("algorithm.inner_lr", "outer.lr", "seed")
+"""Keys in which trials that are computed together may differ: they change no shape and no task."""
+
 COSTS = ("adaptation_mflop", "seconds", "peak_memory")
 """Metrics that are better when they are small, and that every trial has at its end; others are the measure's."""
 
@@ -24,6 +27,11 @@ class Search(Tree):
     conditions: list[Condition] = Field([], description="{when: {key: …}, need: {key: …}}; other points are not tried")
     trials: Positive = Field(16, description="trials to start, the baseline among them")
     concurrent: Positive = Field(2, description="trials at once")
+    pack: Positive = Field(
+        1,
+        description="trials that one process computes together, of `concurrent`; their last digits differ from those "
+        "of a run alone, so the winner is trained again by itself",
+    )
     searcher: Literal["random", "grid", "optuna"] = Field("optuna", description="who proposes points; optuna: TPE")
     scheduler: Literal["fifo", "asha", "median", "pbt"] = Field(
         "asha", description="who stops trials early; fifo: nobody; pbt: the worst take over the best one's state"
@@ -49,7 +57,10 @@ class Search(Tree):
     selection: Positive = Field(1000, description="validation tasks on which finalists are judged")
     fresh: Positive = Field(1000, description="validation tasks nobody has seen, on which the winner's gain is told")
     retries: Count = Field(1, description="of a trial whose process died")
-    budget: Rate | None = Field(None, description="minutes after which no further trial is started")
+    budget: Rate | None = Field(
+        None,
+        description="minutes of all drivers together after which no further trial is started; may change on resume",
+    )
 
     @model_validator(mode="after")
     def _each_key_is_read(self) -> "Search":
@@ -86,6 +97,49 @@ class Search(Tree):
             raise ValueError(f"search.interval: {self.interval} meta-steps are not a multiple of eval.every={every}")
         if self.grace is not None and self.grace % every:
             raise ValueError(f"search.grace: {self.grace} meta-steps are not a multiple of eval.every={every}")
+        if self.pack > 1:
+            self._packs(base)
+
+    def _packs(self, base: Config) -> None:
+        """Refuse what cannot be computed together."""
+        packed = f"search.pack={self.pack}"
+        if self.scheduler == "pbt":
+            raise ValueError(
+                f"search.scheduler: pbt changes values on the way; valid with {packed}: fifo, asha, median"
+            )
+        for key in self.space:
+            if key not in PACKED:
+                raise ValueError(f"search.space.{key}: trials of {packed} differ in {', '.join(PACKED)} only")
+        if self.concurrent % self.pack:
+            raise ValueError(
+                f"search.concurrent: {self.concurrent} trials at once are no whole packs; valid with {packed} is a "
+                f"multiple of it, such as {self.pack}"
+            )
+        for cost in ("seconds", "peak_memory"):
+            if cost in self.also:
+                raise ValueError(
+                    f"search.also: {cost} of a trial is not known within a pack; valid with {packed}: adaptation_mflop"
+                )
+        if base.cluster.most:
+            raise ValueError(f"cluster.workers: a pack computes in one process; valid with {packed} is 0")
+        if base.algorithm.compares_tasks:
+            raise ValueError(f"algorithm.name: {base.algorithm.name} compares the tasks of a shard and is not packed")
+        if base.engine.mode == "loop":
+            raise ValueError(f"engine.mode: a pack is computed all at once; valid with {packed} is vectorised")
+        for key, off in (("local", None), ("compression", "none")):
+            if getattr(base.outer, key) != off:
+                raise ValueError(f"outer.{key}: packed trials send their shards as they are; leave it out")
+
+    @property
+    def processes(self) -> int:
+        """At once, of a pack or of a trial each."""
+        return self.concurrent // self.pack
+
+    def pack_of(self, index: int) -> int:
+        """Number of the pack that a trial belongs to. The job's own run is one alone, to the bits of any other run."""
+        if self.baseline and index == 0:
+            return 0
+        return self.baseline + (index - self.baseline) // self.pack
 
     def generation(self, base: Config) -> int:
         """Meta-steps between two moves of a population."""

@@ -17,9 +17,11 @@ import queue
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,14 @@ from ray.util.placement_group import PlacementGroup
 from metadist.config import Cluster
 from metadist.data.files import cache_folder
 from metadist.errors import ClusterError, StorageError
-from metadist.runtime.cluster import reserved
+from metadist.runtime.cluster import free, hosts, reserved
 from metadist.runtime.runtime import Say
 from metadist.runtime.train import Stopped
 from metadist.search.director import Director, Finished, Graft, Start
 from metadist.search.graft import graft
 from metadist.search.job import SearchJob, load_search
-from metadist.search.state import Decision, How, Report, Trial
+from metadist.search.packed import run_pack
+from metadist.search.state import Decision, End, How, Report, Trial
 from metadist.search.trial import run_trial, trial_config
 
 ENVIRONMENT = {
@@ -53,6 +56,9 @@ ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 """Tune prints nothing and keeps nothing."""
+
+LOOKS = 5.0
+"""Seconds between two looks at trials that wait for a place."""
 
 Show = Callable[[Sequence[Trial]], None]
 """Draws the trials as they are now."""
@@ -71,10 +77,10 @@ class TrialGroup(tune.PlacementGroupFactory):
 
 
 class TrialActor(tune.Trainable):
-    """A process that runs trials one after the other, each in a thread of its own.
+    """A process that runs trials one after the other, or some of a pack together, in threads of their own.
 
-    Its results are JSON: `report`, whose answer comes by `decide`, and at the end `end`, or `problem` where the whole
-    search cannot go on.
+    Its results are JSON: `report`, whose answer comes by `decide`; `end` of a trial; or `problem` where the whole
+    search cannot go on. The last one is `done`.
     """
 
     @classmethod
@@ -110,36 +116,46 @@ class TrialActor(tune.Trainable):
         os.chdir(order["here"])  # Tune has gone to a folder of its own; paths of a job are the driver's
         self._told: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
         self._decided: queue.Queue[Decision | None] = queue.Queue()
+        self._away = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(order,), name="trial", daemon=True)
         self._thread.start()
 
     def _leave(self) -> None:
         """Wait until the run has unwound, where the trial is taken away from it."""
+        self._away.set()
         self._decided.put(None)
         self._thread.join()
 
     def _run(self, order: dict[str, Any]) -> None:
-        told, decided = self._told, self._decided
+        told, decided, away = self._told, self._decided, self._away
+        trials, folder = [_trial(one) for one in order["trials"]], Path(order["folder"])
+        left = {trial.id for trial in trials}
 
-        def ask(step: int, values: dict[str, float]) -> Decision:
-            told.put({"report": json.dumps([step, values])})
-            decision = decided.get()
-            if decision is None:
-                raise Stopped("taken away")
-            return decision
+        def ask(trial: Trial, step: int, values: dict[str, float]) -> Decision:
+            if not away.is_set():
+                told.put({"report": json.dumps([trial.id, step, values])})
+                decision = decided.get()
+                if decision is not None:
+                    return decision
+            raise Stopped("taken away")
 
-        trial = _trial(order["trial"])
+        def ended(trial: Trial, end: End) -> None:
+            left.discard(trial.id)
+            told.put({"end": json.dumps([trial.id, end._asdict()]), "done": not left})
+
         try:
-            end = run_trial(self._job, trial, Path(order["folder"]), ask)
-            told.put({"done": True, "end": json.dumps(end._asdict())})
+            if len(trials) == 1:
+                ended(trials[0], run_trial(self._job, trials[0], folder, partial(ask, trials[0])))
+            else:
+                run_pack(self._job, trials, folder, ask, ended)
         except StorageError as error:
             told.put({"done": True, "problem": str(error)})
         except BaseException as error:  # noqa: BLE001, raised again where Tune hears it
             told.put(error)
 
 
-def _order(job: SearchJob, trial: Trial, folder: Path, group: TrialGroup) -> str:
-    """All that a process needs for a trial. Tune makes names of a config, so it is one word."""
+def _order(trials: Sequence[Trial], folder: Path, group: TrialGroup) -> str:
+    """All that a process needs for its trials. Tune makes names of a config, so it is one word."""
     return json.dumps(
         {
             "folder": str(folder.resolve()),
@@ -147,7 +163,7 @@ def _order(job: SearchJob, trial: Trial, folder: Path, group: TrialGroup) -> str
             "cache": str(cache_folder().resolve()),
             "bundles": group.bundles,
             "strategy": group.strategy,
-            "trial": asdict(trial),
+            "trials": [asdict(trial) for trial in trials],
         }
     )
 
@@ -169,7 +185,7 @@ class _Calls:
 
     def __init__(self, job: SearchJob, director: Director, folder: Path, group: TrialGroup, show: Show) -> None:
         self.job, self.director, self.folder, self.group, self.show = job, director, folder, group, show
-        self.ids: dict[str, str] = {}  # Tune's → ours
+        self.ids: dict[str, list[str]] = {}  # Tune's → ours that have not ended
         self.reasons: dict[str, str] = {}  # why a process died, by Tune's id
         self.broken: Exception | None = None
 
@@ -189,24 +205,36 @@ class _Calls:
         for trial, donor in order.moves:
             graft(place / donor, place / trial.id, trial_config(self.job, trial))
 
-    def started(self, tune_id: str, trial: Trial) -> dict[str, str]:
-        self.ids[tune_id] = trial.id
+    def started(self, tune_id: str, first: Trial) -> dict[str, str]:
+        trials = [first]
+        while len(trials) < self.job.search.pack and (other := self.director.beside(first)) is not None:
+            trials.append(other)
+        self.ids[tune_id] = [trial.id for trial in trials]
         self.show(self.director.trials)
-        name = f"{trial.id}-{trial.attempt}-{trial.released}"
-        return {"name": name, "order": _order(self.job, trial, self.folder, self.group)}
+        name = f"{first.id}-{first.attempt}-{first.released}"
+        return {"name": name, "order": _order(trials, self.folder, self.group)}
 
-    def ended(self, tune_id: str, result: dict[str, Any] | None, error: bool) -> None:
-        id, result = self.ids.pop(tune_id), result or {}
-        if error:
-            reason = self.reasons.pop(tune_id, "its process died")
+    def told(self, tune_id: str, result: dict[str, Any]) -> Decision | None:
+        """A result of a process; what is decided where it asks."""
+        decision = None
+        if "problem" in result:
+            raise StorageError(result["problem"])
+        if "report" in result:
+            decision = self.director.report(*json.loads(result["report"]))
+        else:
+            id, end = json.loads(result["end"])
+            self.ids[tune_id].remove(id)
+            self.director.end(id, end["how"], end["step"], end["reason"], end["facts"])
+        self.show(self.director.trials)
+        return decision
+
+    def died(self, tune_id: str) -> None:
+        """A process has died, and the trials in it with it."""
+        reason = self.reasons.pop(tune_id, "its process died")
+        for id in self.ids.pop(tune_id):
             reports = self.director.trials[int(id)].reports
             how: How = "memory" if "memory" in reason else "crashed"
             self.director.end(id, how, reports[-1].step if reports else 0, reason, {})
-        elif "problem" in result:
-            raise StorageError(result["problem"])
-        else:
-            end = json.loads(result["end"])
-            self.director.end(id, end["how"], end["step"], end["reason"], end["facts"])
         self.show(self.director.trials)
 
 
@@ -238,7 +266,10 @@ class _Searcher(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         with self.calls.kept():
-            self.calls.ended(trial_id, result, error)
+            if error:
+                self.calls.died(trial_id)
+            else:
+                self.calls.told(trial_id, result or {})
 
     def save(self, checkpoint_path: str) -> None:
         pass  # the ledger has it
@@ -256,10 +287,9 @@ class _Scheduler(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         with self.calls.kept():
-            step, values = json.loads(result["report"])
-            decision = self.calls.director.report(self.calls.ids[trial.trial_id], step, values)
-            trial.temporary_state.ray_actor.decide.remote(decision)
-            self.calls.show(self.calls.director.trials)
+            decision = self.calls.told(trial.trial_id, result)
+            if decision is not None:
+                trial.temporary_state.ray_actor.decide.remote(decision)
         return str(TrialScheduler.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
@@ -273,8 +303,11 @@ class _Broken(BaseException):
 
 
 class _Stopper(Stopper):
-    def __init__(self, calls: _Calls) -> None:
-        self.calls = calls
+    """Tune asks it all the time, so it also sees when a trial waits long for a place."""
+
+    def __init__(self, calls: _Calls, say: Say) -> None:
+        self.calls, self.say = calls, say
+        self._looked, self._waiting, self._told = time.monotonic(), 0, False
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
@@ -282,7 +315,21 @@ class _Stopper(Stopper):
     def stop_all(self) -> bool:
         if self.calls.broken is not None:
             raise _Broken
+        if time.monotonic() - self._looked > LOOKS:
+            self._looked = time.monotonic()
+            with self.calls.kept():
+                self._look()
         return False
+
+    def _look(self) -> None:
+        """Tell once what is waited for, when there was no place at two looks."""
+        states = [placement_group_table(group).get("state") for group in _made]
+        self._waiting = self._waiting + 1 if "PENDING" in states else 0
+        if self._waiting >= 2 and not self._told:
+            needs = free(ray, self.calls.job.base.cluster)
+            running = states.count("CREATED")
+            self.say(f"a trial waits for a place on the cluster, where {running} compute: {needs}")
+        self._told = self._waiting >= 2
 
 
 def _why_it_died(error: Exception | None) -> str:
@@ -306,7 +353,7 @@ def fit(job: SearchJob, director: Director, folder: Path, show: Show, say: Say) 
     show(director.trials)
     whole = False
     try:
-        _tune(calls)
+        _tune(calls, say)
         whole = True
     finally:
         left = _clear_away()
@@ -325,15 +372,13 @@ def _group(cluster: Cluster) -> TrialGroup:
 
 def _this_host() -> str:
     """The resource that every host has of its own."""
-    me = ray.get_runtime_context().get_node_id()
-    (node,) = (node for node in ray.nodes() if node["NodeID"] == me)
-    return next(str(name) for name in node["Resources"] if name.startswith("node:") and "__" not in name)
+    return next(name for name in hosts(ray)[0] if name.startswith("node:") and "__" not in name)
 
 
-def _tune(calls: _Calls) -> None:
+def _tune(calls: _Calls, say: Say) -> None:
     storage = tempfile.mkdtemp(prefix="metadist-tune-")
     try:
-        with _surroundings(calls.job.search.concurrent):
+        with _surroundings(calls.job.search.processes):
             tune.Tuner(
                 TrialActor,
                 tune_config=tune.TuneConfig(
@@ -348,7 +393,7 @@ def _tune(calls: _Calls) -> None:
                     storage_path=storage,
                     name="search",
                     verbose=0,
-                    stop=_Stopper(calls),
+                    stop=_Stopper(calls, say),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                     failure_config=tune.FailureConfig(max_failures=0),
                 ),
@@ -365,9 +410,9 @@ def _tune(calls: _Calls) -> None:
 
 
 @contextmanager
-def _surroundings(concurrent: int) -> Iterator[None]:
+def _surroundings(processes: int) -> Iterator[None]:
     """Tune is quiet; processes of trials at once may start at once."""
-    wanted = {**ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(concurrent)}
+    wanted = {**ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(processes)}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]

@@ -1,5 +1,7 @@
 """From the last trial to the answer: who goes on, who wins, by how much, and the one meta-test.
 
+A winner that was packed is trained again by itself, and what is told from there on is of that run.
+
 Each line of it is an event in the ledger before the next one begins, so a search that is resumed repeats none.
 """
 
@@ -17,16 +19,19 @@ from safetensors.numpy import load_file
 
 from metadist.config import Config
 from metadist.engine.engine import Blueprint, blueprint
-from metadist.errors import MetadistError, RunError
+from metadist.errors import Interrupted, MetadistError, RunError
 from metadist.evaluation.protocol import Score, meta_test, score, settings
 from metadist.measure import MEASURES, Measure
 from metadist.run import checked_tables, start
+from metadist.runtime.preemption import Preempted
 from metadist.runtime.runtime import Runtime
 from metadist.search import rows
-from metadist.search.answer import gain_line, write_answer
+from metadist.search.answer import by_itself, gain_line, run_of, write_answer
+from metadist.search.events import plain
 from metadist.search.job import SearchJob
 from metadist.search.ledger import Event, Ledger
-from metadist.search.state import Trial
+from metadist.search.state import Decision, Trial
+from metadist.search.trial import run_trial
 
 Say = Callable[[str], None]
 
@@ -45,10 +50,14 @@ def ranked(trials: Sequence[Trial], measure: Measure) -> list[Trial]:
 
     def place(trial: Trial) -> tuple[float, int]:
         found = trial.reports[-1].values["score"]
-        return (math.inf if math.isnan(found) else -found if measure.higher_is_better else found, trial.index)
+        return (_last_if_nan(-found if measure.higher_is_better else found), trial.index)
 
     done = [trial for trial in trials if trial.end and trial.end.how == "finished" and trial.reports]
     return sorted(done, key=place)
+
+
+def _last_if_nan(place: float) -> float:
+    return math.inf if math.isnan(place) else place
 
 
 def conclude(job: SearchJob, trials: Sequence[Trial], folder: Path, ledger: Ledger, say: Say) -> None:
@@ -70,11 +79,13 @@ def conclude(job: SearchJob, trials: Sequence[Trial], folder: Path, ledger: Ledg
     _once(ledger, "finalists", dict, ids=[trial.id for trial in finalists])
 
     lines = _Lines(job, folder, ledger, say)
-    selection = {trial.id: lines.judged(trial) for trial in finalists}
-    winner = finalists[0]
-    for trial in finalists[1:]:
-        if measure.better(selection[trial.id].mean, selection[winner.id].mean):
-            winner = trial
+    selection = {trial.id: lines.judged(trial).mean for trial in finalists}
+    sign = -1.0 if measure.higher_is_better else 1.0
+    known = sorted(finalists, key=lambda trial: _last_if_nan(sign * selection[trial.id]))
+    winner = next((trial for trial in known if lines.stands(trial)), None)
+    if winner is None:
+        write_answer(job, trials, folder, ledger.events)
+        raise NothingFinished(f"{folder}: no finalist finished by itself; see {folder / 'logs'}")
     _once(ledger, "selected", dict, id=winner.id, among=[trial.id for trial in finalists])
     lines.fresh(winner, baseline)
     if job.base.eval.test:
@@ -116,6 +127,30 @@ class _Lines(NamedTuple):
             return {"episodes": self.job.search.selection, **_numbers(found)}
 
         return _score(_once(self.ledger, "judged", find, id=trial.id))
+
+    def stands(self, trial: Trial) -> bool:
+        """Whether a finalist's bits are those of its run by itself; a packed one is trained again to find them."""
+        assert trial.end is not None
+        if self.job.search.pack == 1 or trial.end.facts.get("reproducible", True):
+            return True
+
+        def find() -> dict[str, Any]:
+            last: dict[str, float] = {}
+
+            def go(step: int, values: dict[str, float]) -> Decision:
+                self.say(f"trial {trial.id} by itself: {step:,}/{self.job.base.outer.steps:,}")
+                last.update(values)
+                return "go"
+
+            self.say(f"trial {trial.id} was packed; it is trained again by itself")
+            try:
+                end = run_trial(self.job, by_itself(trial), self.folder, go)
+            except (Interrupted, Preempted):
+                raise KeyboardInterrupt from None  # of the search
+            scores = {name: _number(last.get(name, math.nan)) for name in ("score", "ci95")}
+            return {**end._asdict(), "facts": plain(end.facts), **scores}
+
+        return bool(_once(self.ledger, "alone", find, id=trial.id)["how"] == "finished")
 
     def fresh(self, winner: Trial, baseline: Trial | None) -> Event:
         """Winner and baseline on the same tasks that no decision has seen.
@@ -175,7 +210,7 @@ class _Lines(NamedTuple):
         config = self.job.run_of(trial)
         if _connected():
             config = config.with_values(cluster={"address": "auto"})
-        theta = self.folder / "trials" / trial.id / "theta.safetensors"
+        theta = self.folder / "trials" / run_of(trial, self.ledger.events) / "theta.safetensors"
         tables = checked_tables(config, self.say)
         plan = blueprint(config, tables)
         try:

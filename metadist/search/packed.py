@@ -1,194 +1,228 @@
 """Several trials in one process whose shards are computed together.
 
 Each trial is an ordinary run with a thread, an aggregator and a run folder of its own; where it would compute the
-shards of a meta-step, it waits for the others, and one of them computes those of all. They differ in numbers only:
-`algorithm.inner_lr`, `outer.lr`, and `seed` where `task.seed` and `eval.seed` say what is sampled. Their bits are not
-those of the same runs alone, so their results say `reproducible: false`. A trial that ends early leaves the others.
+shards of a meta-step, it waits for the others, and one of them computes those of all. They differ in numbers only
+(`keys.PACKED`). Their bits are not those of the same runs alone, so their results say `reproducible: false`. A trial
+that ends early leaves the others. After a resume the trials may stand at different meta-steps: those behind go first.
 """
 
+import io
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from metadist.algorithms.algorithm import Comparing
-from metadist.config import Config, flatten
+from metadist.config import Config
 from metadist.data.table import Table
-from metadist.engine.device import settle
 from metadist.engine.engine import Engine
 from metadist.engine.exact import quantise, scales
 from metadist.engine.packed import vectorised_packed
 from metadist.engine.shard import Sums
 from metadist.engine.sweep import Setting
-from metadist.errors import ConfigError, MetadistError
-from metadist.evaluation.protocol import score
-from metadist.run import Finished, checked_tables, train_with
-from metadist.runtime.aggregator import Broadcast, sealed
+from metadist.runtime.aggregator import Broadcast, Snapshot, sealed
 from metadist.runtime.in_process import InProcess
 from metadist.runtime.train import Stopped
 from metadist.runtime.worker import Introduction, Receipt, Worker
 from metadist.search.job import SearchJob
-from metadist.search.state import Decision, Trial
+from metadist.search.state import Decision, End, Trial
+from metadist.search.trial import attempt, log_of
 
-NUMBERS = ("algorithm.inner_lr", "outer.lr", "seed")
-"""Keys in which packed trials may differ."""
+Ask = Callable[[Trial, int, dict[str, float]], Decision]
+"""Tells of a trial's validation behind so many meta-steps, and waits for what is decided."""
 
-Ask = Callable[[Trial, int, float, float], Decision]
-"""What becomes of a trial, behind so many meta-steps with a score and its interval on validation; from any thread."""
+Ended = Callable[[Trial, End], None]
 
 
-def run_packed(
-    job: SearchJob, trials: Sequence[Trial], folder: Path, ask: Ask, say: Callable[[str], None] = print
-) -> dict[str, Finished | MetadistError]:
-    """Train some trials together into `folder`/ID; how each ended, by id: Stopped where `ask` said so.
+def run_pack(job: SearchJob, trials: Sequence[Trial], folder: Path, ask: Ask, ended: Ended) -> None:
+    """Begin trials of the search in `folder` together, or go on with them, until each has ended.
 
-    Raises ConfigError where they do not go together.
+    ask, ended: called one at a time, in the order of the meta-steps and within one in that of the trials, however the
+    threads are scheduled. Raises StorageError, and whatever else is no trial's end.
     """
-    configs = [job.config(trial.values).with_values(cluster={"workers": 0}, eval={"test": False}) for trial in trials]
-    check_pack(configs)
-    tables = checked_tables(configs[0], say)
-    pack = Pack(configs, tables)
-    ended: dict[str, Finished | MetadistError] = {}
-    broken: list[BaseException] = []
+    pack, said = Pack(len(trials)), _ByThread()
 
     def one(number: int, trial: Trial) -> None:
-        settle(configs[number].engine)  # threads of torch are counted by thread
         try:
-            worker = Member(pack, number, lambda step, mean, ci95: ask(trial, step, mean, ci95))
-            runtime = InProcess(configs[number], tables, None, worker)
-            record = {"reproducible": False}
-            ended[trial.id] = train_with(configs[number], tables, folder / trial.id, runtime, record)
-        except MetadistError as end:
-            ended[trial.id] = end
+            with log_of(folder, trial).open("a", encoding="utf-8") as said.own.file:
+                end = attempt(job, trial, folder, partial(pack.ask, number, partial(ask, trial)), pack.begin(number))
+            pack.end(number, lambda: ended(trial, end))
         except BaseException as error:  # noqa: BLE001, raised again where it can be caught
-            broken.append(error)
+            pack.broken = pack.broken or error
         finally:
             pack.leave(number)
 
     threads = [
         threading.Thread(target=one, args=(n, trial), name=f"trial-{trial.id}") for n, trial in enumerate(trials)
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if broken:
-        raise broken[0]
-    return ended
+    with redirect_stdout(said), redirect_stderr(said):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if pack.broken is not None:
+        raise pack.broken
 
 
-def check_pack(configs: Sequence[Config]) -> None:
-    """Refuse runs that cannot be computed together. Raises ConfigError."""
-    first, *others = map(flatten, configs)
-    differ = sorted({key for one in others for key in {*first, *one} if first.get(key) != one.get(key)})
-    for key in differ:
-        if key not in NUMBERS:
-            raise ConfigError(f"{key}: packed trials are alike in it; they may differ in {', '.join(NUMBERS)}")
-    config = configs[0]
-    for key, value in (("task.seed", config.task.seed), ("eval.seed", config.eval.seed)):
-        if "seed" in differ and value is None:
-            raise ConfigError(f"{key}: packed trials of several seeds see the same tasks; say which seed samples them")
-    if config.engine.mode != "vectorised":
-        raise ConfigError(f"engine.mode: packed trials are computed all at once, not in a {config.engine.mode}")
-    if config.outer.remembers or config.outer.compression != "none":
-        key = "local" if config.outer.local else "compression"
-        raise ConfigError(f"outer.{key}: packed trials send their shards as they are; leave it out")
+class _ByThread(io.TextIOBase):
+    """What a trial's thread prints goes to the trial's log, what others print to where it would have gone."""
+
+    def __init__(self) -> None:
+        self.own, self._others = threading.local(), io.StringIO()
+
+    def write(self, text: str) -> int:
+        file: TextIO = getattr(self.own, "file", self._others)
+        return 0 if file.closed else file.write(text)
+
+    def flush(self) -> None:
+        file: TextIO = getattr(self.own, "file", self._others)
+        if not file.closed:
+            file.flush()
+
+
+ASKS, ENDS, COMPUTES = range(3)
+"""What a trial comes to a meeting for, behind so many meta-steps, in the order in which it is done."""
+
+
+class _Wish(NamedTuple):
+    """engine, values: of who computes; call: of who asks or ends."""
+
+    step: int
+    what: int
+    call: Callable[[], Any] | None = None
+    engine: Engine | None = None
+    values: np.ndarray | None = None
 
 
 class Pack:
-    """Where the trials meet, once in every meta-step."""
+    """Where the trials meet: what the earliest of them came for is done when all have come."""
 
-    def __init__(self, configs: Sequence[Config], tables: Sequence[Table]) -> None:
-        self.tables = tables
-        self.engines = [Engine(config, tables) for config in configs]
-        if isinstance(self.engines[0].algorithms.at(0), Comparing):
-            name = configs[0].algorithm.name
-            raise ConfigError(f"algorithm.name: {name} compares the tasks of a shard and is not packed")
+    def __init__(self, trials: int) -> None:
         self.alone = threading.Lock()
         """What a trial does for itself that takes a core."""
+        self.broken: BaseException | None = None
         self._meeting = threading.Condition()
-        self._active = set(range(len(configs)))
-        self._handed: dict[int, tuple[int, np.ndarray]] = {}
-        self._found: dict[int, list[Sums] | BaseException] = {}
+        self._active = set(range(trials))
+        self._at = [0] * trials
+        self._wishes: dict[int, _Wish] = {}
+        self._granted: dict[int, Any] = {}
 
-    def sums(self, number: int, step: int, values: np.ndarray) -> list[Sums]:
-        """Those of every shard of the meta-step; waits until each trial has come with its θ."""
-        with self._meeting:
-            self._handed[number] = (step, values)
-            while number not in self._found:
-                if self._active <= self._handed.keys():
-                    self._together()
-                    self._meeting.notify_all()
-                else:
-                    self._meeting.wait()
-            found = self._found.pop(number)
-        if isinstance(found, BaseException):
-            raise found
+    def begin(self, number: int) -> Callable[..., InProcess]:
+        """What makes a trial's runtime."""
+
+        def runtime(config: Config, tables: list[Table], snapshot: Snapshot | None, *_: Any) -> InProcess:
+            return InProcess(config, tables, snapshot, Member(self, number, config, tables))
+
+        return runtime
+
+    def sums(self, number: int, engine: Engine, step: int, values: np.ndarray) -> list[Sums]:
+        """A trial's, of every shard of a meta-step."""
+        found: list[Sums] = self._granted_to(number, _Wish(step, COMPUTES, engine=engine, values=values))
         return found
+
+    def ask(self, number: int, ask: Callable[..., Decision], step: int, values: dict[str, float]) -> Decision:
+        """What becomes of a trial behind a validation."""
+        found: Decision = self._granted_to(number, _Wish(step, ASKS, lambda: ask(step, values)))
+        return found
+
+    def end(self, number: int, tell: Callable[[], None]) -> None:
+        """Tell of a trial's end."""
+        self._granted_to(number, _Wish(self._at[number], ENDS, tell))
 
     def leave(self, number: int) -> None:
         """The others go on without this one."""
         with self._meeting:
             self._active.discard(number)
-            self._handed.pop(number, None)
+            self._wishes.pop(number, None)
             self._meeting.notify_all()
 
-    def _together(self) -> None:
-        numbers = sorted(self._handed)
-        try:
-            parts = self._computed(numbers)
-            self._found |= {n: [shard[p] for shard in parts] for p, n in enumerate(numbers)}
-        except Exception as error:  # noqa: BLE001, each trial ends of it
-            self._found |= dict.fromkeys(numbers, error)
-        self._handed.clear()
+    def _granted_to(self, number: int, wish: _Wish) -> Any:
+        with self._meeting:
+            self._at[number] = wish.step
+            self._wishes[number] = wish
+            while number not in self._granted:
+                if self._active <= self._wishes.keys():
+                    self._grant()
+                    self._meeting.notify_all()
+                else:
+                    self._meeting.wait()
+            found = self._granted.pop(number)
+        if isinstance(found, BaseException):
+            raise found
+        return found
 
-    def _computed(self, numbers: Sequence[int]) -> list[list[Sums]]:
-        """By shard, then by trial."""
-        engines = [self.engines[n] for n in numbers]
-        (step,) = {self._handed[n][0] for n in numbers}
+    def _grant(self) -> None:
+        """Do what the earliest have come for; all others wait meanwhile."""
+        first = min(wish[:2] for wish in self._wishes.values())
+        numbers = sorted(n for n, wish in self._wishes.items() if wish[:2] == first)
+        wishes = [self._wishes.pop(n) for n in numbers]
+        if self.broken is not None:
+            self._granted |= {n: Stopped("the pack has ended") for n in numbers}
+        elif first[1] == COMPUTES:
+            self._granted |= dict(zip(numbers, _computed(wishes), strict=True))
+        else:
+            self._granted |= {n: _called(wish) for n, wish in zip(numbers, wishes, strict=True)}
+
+
+def _called(wish: _Wish) -> Any:
+    assert wish.call is not None
+    try:
+        return wish.call()
+    except BaseException as error:  # noqa: BLE001, raised again by the trial's own thread
+        return error
+
+
+def _computed(wishes: Sequence[_Wish]) -> list[list[Sums]] | list[Exception]:
+    """By trial, then by shard; what went wrong is each trial's."""
+    engines = [wish.engine for wish in wishes if wish.engine is not None]
+    first, step = engines[0], wishes[0].step
+    try:
         named = [
-            engine.blueprint.named(self._handed[n][1], engine.device)
-            for n, engine in zip(numbers, engines, strict=True)
+            engine.blueprint.named(wish.values, engine.device)
+            for engine, wish in zip(engines, wishes, strict=True)
+            if wish.values is not None
         ]
-        tasks, size = engines[0].tasks, engines[0].shard_tasks
-        return [
+        shards = [
             vectorised_packed(
                 [engine.algorithms.at(step) for engine in engines],
                 [theta for theta, _ in named],
                 [state for _, state in named],
-                tasks.sample(step, shard * size, size),
-                tasks.ways,
+                first.tasks.sample(step, shard * first.shard_tasks, first.shard_tasks),
+                first.tasks.ways,
                 step,
             )
-            for shard in range(engines[0].shards)
+            for shard in range(first.shards)
         ]
+    except Exception as error:  # noqa: BLE001, each trial ends of it
+        return [error] * len(wishes)
+    return [[shard[place] for shard in shards] for place in range(len(wishes))]
 
 
 class Member:
     """A trial's worker: what it computes, it computes with the others of its pack."""
 
-    def __init__(self, pack: Pack, number: int, ask: Callable[[int, float, float], Decision]) -> None:
-        self.pack, self.engine, self._number, self._ask = pack, pack.engines[number], number, ask
+    def __init__(self, pack: Pack, number: int, config: Config, tables: Sequence[Table]) -> None:
+        self.pack, self._number = pack, number
+        self._worker = Worker(config, [str(table.path) for table in tables])
+        self._worker.tables = list(tables)
+        with pack.alone:
+            self.engine = self._worker.engine
         self._step, self._sums = -1, list[Sums]()
-        self._stopped, self._scores = False, list[np.ndarray]()
 
     def introduce(self) -> Introduction:
-        worker = Worker(self.engine.config, [str(table.path) for table in self.pack.tables])
-        worker.tables, worker.engine = list(self.pack.tables), self.engine
         with self.pack.alone:
-            return worker.introduce()
+            return self._worker.introduce()
 
     def compute(
         self, broadcast: Broadcast, step: int, attempt: int, shards: Sequence[int], *lanes: Any
     ) -> tuple[Any, ...]:
-        """As `Worker.compute`, of all shards of a step. Raises Stopped where the last validation's answer was that."""
-        if self._stopped:
-            raise Stopped(f"stopped behind {step} meta-steps")
+        """As `Worker.compute`, of all shards of a step."""
         if step != self._step:  # an attempt with other exponents has the same sums
-            self._sums, self._step = self.pack.sums(self._number, step, broadcast.values), step
+            self._sums, self._step = self.pack.sums(self._number, self.engine, step, broadcast.values), step
         layout = self.engine.blueprint.sums
         scale = scales(layout, broadcast.exponents)
         parts = {shard: quantise(layout, self._sums[shard], scale, self.engine.shards) for shard in shards}
@@ -205,12 +239,6 @@ class Member:
         return receipt, total, *lanes
 
     def judge(self, values: np.ndarray, judged: Setting, split: str, first: int, tasks: int) -> dict[str, np.ndarray]:
-        """As `Worker.judge`; at the end of a validation it is asked what becomes of the trial."""
+        """As `Worker.judge`; one trial at a time."""
         with self.pack.alone:
-            found = self.engine.judge(values, judged, split, first, tasks)
-        if split == "val":
-            self._scores = [*(self._scores if first else []), found["score"]]
-            if first + tasks == self.engine.config.eval.val_episodes:
-                whole = score(np.concatenate(self._scores))
-                self._stopped = self._ask(self._step + 1, whole.mean, whole.ci95) == "stop"
-        return found
+            return self.engine.judge(values, judged, split, first, tasks)

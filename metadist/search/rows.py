@@ -1,6 +1,7 @@
 """A search as plain rows: a line per trial and a line per validation, and both as Parquet files."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ Row = dict[str, Any]
 
 FACTS = {
     "seconds": pa.float64(), "tasks_per_second": pa.float64(), "peak_memory": pa.float64(),
-    "adaptation_mflop": pa.float64(), "theta_sha256": pa.string(),
+    "adaptation_mflop": pa.float64(), "reproducible": pa.bool_(), "theta_sha256": pa.string(),
 }  # fmt: skip
 """Of a trial's end; of one that goes on, or was stopped without them, what its last validation measured."""
 
@@ -61,7 +62,7 @@ def _row(job: SearchJob, trial: Trial, rung: int, judged: Mapping[str, Any]) -> 
         "steps": max(end.step if end else 0, last.step if last else 0),
         "score": measured.get("score"),
         "ci95": measured.get("ci95"),
-        "early": None if trial.stages else trial.score_at(rung),  # under other values than these
+        "early": None if trial.drawn else trial.score_at(rung),  # under other values than these
         "selection": judged.get("score"),
         "selection_ci95": judged.get("ci95"),
         **{name: _fact(kind, facts.get(name, measured.get(name))) for name, kind in FACTS.items()},
@@ -80,6 +81,16 @@ def values_of(job: SearchJob, trial: Trial) -> dict[str, Any]:
     except ConfigError:  # a trial that was refused
         whole = flatten(job.base) | trial.now
     return {key: whole.get(key) for key in job.search.space}
+
+
+def early_rows(job: SearchJob, trials: Sequence[Trial]) -> list[Row]:
+    """A row per trial: the values that it began with, and `early`, its score at the first rung under them."""
+    rung = job.search.first_rung(job.base)
+
+    def began(trial: Trial) -> Trial:
+        return replace(trial, values=trial.drawn or trial.values, stages=[])
+
+    return [{**values_of(job, began(trial)), "early": trial.score_at(rung)} for trial in trials]
 
 
 def curve_rows(trials: Sequence[Trial]) -> list[Row]:
@@ -125,12 +136,15 @@ def write_parquet(path: Path, table: pa.Table) -> None:
 
 def found(job: SearchJob, trials: Sequence[Trial], events: Sequence[Event] = ()) -> Found:
     """What the figures are drawn from."""
+    chosen = next((event["id"] for event in reversed(events) if event.get("event") == "selected"), None)
     return Found(
         keys=tuple(job.search.space),
         logarithmic=frozenset(key for key, domain in job.search.space.items() if isinstance(domain, LogUniform)),
         measure=MEASURES[job.base.kind],
         trials=trial_rows(job, trials, events),
+        early=early_rows(job, trials),
         curves=curve_rows(trials),
         rung=job.search.first_rung(job.base),
         last=job.base.outer.steps,
+        winner=chosen,
     )

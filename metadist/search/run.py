@@ -3,19 +3,21 @@
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice, product
 from pathlib import Path
+from typing import Any
 
-from metadist.config import Elastic, parse_override, read_yaml, with_keys
+from metadist.config import Cluster, Elastic, parse_override, read_yaml, with_keys
 from metadist.durable import storage_errors, write
-from metadist.errors import ConfigError, Interrupted, RunError, StorageError
+from metadist.errors import ClusterError, ConfigError, Interrupted, RunError, StorageError
 from metadist.run import TRACKING_SECONDS, checked_tables
 from metadist.runtime import run_folder
-from metadist.runtime.cluster import check_resources, connect, disconnect
+from metadist.runtime.cluster import check_resources, connect, disconnect, hosts, places, reserved
 from metadist.search import rows
 from metadist.search.director import Director
+from metadist.search.draw import check_draws
 from metadist.search.job import SearchJob, checked, load_search, refuse_changed_search, to_yaml
 from metadist.search.ledger import Ledger
 from metadist.search.outcome import conclude
@@ -82,6 +84,8 @@ def _go_on(job: SearchJob, folder: Path, rewrite: bool = False) -> None:
                 fit(job, director, folder, shown, _say)
             finally:
                 shown.table.close()
+            if director.over and len(director.trials) < job.search.trials:
+                _say(f"{len(director.trials)} of {job.search.trials} trials were started: {director.over}")
             conclude(job, director.trials, folder, ledger, _say)
     except StorageError as error:
         raise StorageError(f"{error}: make room, then `metadist search --resume {folder}`") from error
@@ -119,13 +123,41 @@ def _connected(job: SearchJob) -> Iterator[None]:
     """Connected to a cluster that holds the trials that run at once. Raises ClusterError."""
     cluster = job.base.cluster
     each = max(1, cluster.most)
-    ray, ours = connect(cluster.model_copy(update={"workers": job.search.concurrent * each}))
+    ray, ours = connect(cluster.model_copy(update={"workers": job.search.processes * each}))
     try:
         check_resources(ray, cluster.model_copy(update={"workers": each}))
+        _check_hosts(ray, cluster)
         yield
     finally:
         if ours:
             disconnect()
+
+
+def _check_hosts(ray: Any, cluster: Cluster) -> None:
+    """Refuse a trial that no host will ever have a place for; say where trials compute, if not everywhere."""
+    this, *others = hosts(ray)
+    needs = ", ".join(f"{each:g} {kind}" for kind, each in reserved(cluster).items() if each)
+    if cluster.most == 0 and places(this, cluster) == 0:
+        elsewhere = "cluster.workers=1 or more, which lie on other hosts, or " if others else ""
+        raise ClusterError(
+            f"cluster.workers: with 0 a trial computes on this host, which has {_has(this, cluster)} in the cluster, "
+            f"and needs {needs}; valid is {elsewhere}a driver on a host that has it"
+        )
+    if cluster.most == 0 and others:
+        _say(
+            f"cluster.workers=0: trials compute on this host alone, at most {places(this, cluster)} at once; with 1 or "
+            f"more their workers lie on all {1 + len(others)} hosts of the cluster"
+        )
+    there = sum(places(host, cluster) for host in (this, *others))
+    if there < cluster.most:
+        raise ClusterError(
+            f"cluster.workers: the {cluster.most} workers of a trial need {needs} each, and the cluster's hosts have "
+            f"places for {there}; at most {there} is valid"
+        )
+
+
+def _has(host: Mapping[str, float], cluster: Cluster) -> str:
+    return ", ".join(f"{host.get(kind, 0.0):g} {kind}" for kind, each in reserved(cluster).items() if each)
 
 
 @contextmanager
@@ -157,6 +189,7 @@ def refuse(job: SearchJob, folder: Path) -> None:
         goes_on = f"go on with it by `metadist search --resume {folder}`, or " if (folder / JOB).is_file() else ""
         raise RunError(f"{folder}: exists already; {goes_on}choose another --run-dir")
     _refuse_place(job)
+    check_draws(job)
 
 
 def _refuse_place(job: SearchJob) -> None:
@@ -181,10 +214,10 @@ def _refuse_place(job: SearchJob) -> None:
     if cluster.address == "local" and device == "cuda":
         import torch
 
-        there, workers = torch.cuda.device_count(), job.search.concurrent * max(1, cluster.most)
+        there, workers = torch.cuda.device_count(), job.search.processes * max(1, cluster.most)
         if float(cluster.gpus) * workers > there:
             raise ConfigError(
-                f"cluster.gpus: {job.search.concurrent} trials at once with {float(cluster.gpus):g} GPU for each "
+                f"cluster.gpus: {job.search.processes} trials at once with {float(cluster.gpus):g} GPU for each "
                 f"worker need more than the {there} of this machine; at most {there / workers:g} is valid, or a "
                 f"smaller search.concurrent"
             )

@@ -24,7 +24,7 @@ def show(folder: Path, console: Console) -> None:
     trials = trials_of(events)
     table = rows.found(job, trials, events)
     found, measure, keys = answer(trials, events), MEASURES[job.base.kind], tuple(job.search.space)
-    console.print(drawn(job, trials))
+    console.print(drawn(job, trials, console))
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim")
     facts.add_column(overflow="fold")

@@ -154,9 +154,25 @@ class Condition(Tree):
         """value_of: key → value of a whole config."""
         return not _all(self.when, value_of) or _all(self.need, value_of)
 
+    def __str__(self) -> str:
+        """Such as `algorithm.inner_steps at most 3 where algorithm.order is 2`."""
+        where = f" where {_words(self.when)}" if self.when else ""
+        return _words(self.need) + where
+
 
 def _all(demands: Mapping[str, Demand], value_of: Mapping[str, Any]) -> bool:
     return all(key in value_of and _meets(demand, value_of[key]) for key, demand in demands.items())
+
+
+def _words(demands: Mapping[str, Demand]) -> str:
+    return " and ".join(f"{key} {_asked(demand)}" for key, demand in demands.items())
+
+
+def _asked(demand: Demand) -> str:
+    if isinstance(demand, Limits):
+        bounds = (("at least", demand.at_least), ("at most", demand.at_most))
+        return " and ".join(f"{name} {bound:g}" for name, bound in bounds if bound is not None)
+    return f"one of {demand}" if isinstance(demand, list) else f"is {demand}"
 
 
 def _meets(demand: Demand, value: Any) -> bool:

@@ -39,7 +39,8 @@ class Trial:
     """One run of the search. id: `000`, `001`, …, also its folder's name; origin: who proposed it.
 
     Of a member of a population also: stages: what changed at which meta-step, in its line of ancestors; held: it waits
-    for the others of its generation; released: the meta-step behind which the last generation went on.
+    for the others of its generation; released: the meta-step behind which the last generation went on; drawn: the
+    values that it began with, once it has taken over another one's.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Trial:
     stages: list[tuple[int, Point]] = field(default_factory=list)
     held: bool = False
     released: int = 0
+    drawn: Point | None = None
 
     @property
     def now(self) -> Point:

@@ -5,11 +5,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table as Drawn
 
-from metadist.measure import MEASURES
+from metadist.measure import MEASURES, Measure
 from metadist.search import rows
 from metadist.search.answer import short, show_value
 from metadist.search.job import SearchJob
@@ -47,7 +48,7 @@ class Table:
             self._live.stop()
 
     def _draw(self) -> Drawn:
-        return drawn(self.job, self._trials, MOST_ROWS)
+        return drawn(self.job, self._trials, self.console, MOST_ROWS)
 
     def _lines(self) -> None:
         """Starts, ends and every new best at once; other validations every ten seconds."""
@@ -72,8 +73,15 @@ class Table:
         self._best = top
 
 
-def drawn(job: SearchJob, trials: Sequence[Trial], most: int | None = None) -> Drawn:
-    """The best on top; at most so many rows, those in training always among them."""
+def drawn(job: SearchJob, trials: Sequence[Trial], console: Console, most: int | None = None) -> Drawn:
+    """The best on top; at most so many rows, those in training always among them. A line each: where the console is
+    narrow, without intervals and with fewer digits."""
+    whole = _drawn(job, trials, most, brief=False)
+    fits = console.measure(whole, options=console.options.update(width=10_000)).maximum <= console.width
+    return whole if fits else _drawn(job, trials, most, brief=True)
+
+
+def _drawn(job: SearchJob, trials: Sequence[Trial], most: int | None, brief: bool) -> Drawn:
     keys, measure = tuple(job.search.space), MEASURES[job.base.kind]
     found = best_first(job, rows.trial_rows(job, trials))
     left_out = 0
@@ -84,22 +92,36 @@ def drawn(job: SearchJob, trials: Sequence[Trial], most: int | None = None) -> D
         found = [row for row in found if row["id"] in kept]
     ended = sum(trial.end is not None for trial in trials)
     title = f"{ended} of {job.search.trials} trials"
-    table = Drawn(title=title, title_justify="left", title_style="bold", caption_justify="left")
+    table = Drawn(
+        title=title, title_justify="left", title_style="bold", caption_justify="left", pad_edge=False,
+        box=None if brief else SIMPLE_HEAD, padding=(0, 1, 0, 0) if brief else (0, 1), collapse_padding=True,
+    )  # fmt: skip
     if left_out:
         table.caption = f"and {left_out} more"
-    table.add_column("trial")
+    table.add_column("trial", no_wrap=True)
     for key in keys:
-        table.add_column(short(key, keys), justify="right")
-    table.add_column("meta-steps", justify="right")
-    table.add_column(measure.name, justify="right")
-    table.add_column("state")
+        name = short(key, keys)
+        table.add_column(name.replace("_", "_\n") if brief else name, justify="right", no_wrap=True)
+    table.add_column("steps" if brief else "meta-steps", justify="right", no_wrap=True)
+    table.add_column(measure.name, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
     for row in found:
-        score = "–" if row["score"] is None else measure.interval(row["score"], row["ci95"])
-        cells = [f"{row['id']}{' (job)' if row['origin'] == 'baseline' else ''}"]
-        cells += [show_value(row[key]) for key in keys]
-        cells += [f"{row['steps']:,}/{job.base.outer.steps:,}", score, state(row)]
+        cells = [f"{row['id']}{' job' if row['origin'] == 'baseline' else ''}"]
+        cells += [_brief(row[key]) if brief else show_value(row[key]) for key in keys]
+        steps = f"{row['steps']:,}" if brief else f"{row['steps']:,}/{job.base.outer.steps:,}"
+        cells += [steps, _score(measure, row, brief), state(row)]
         table.add_row(*cells, style=STYLES.get(row["how"], "red"))
     return table
+
+
+def _score(measure: Measure, row: Mapping[str, Any], brief: bool) -> str:
+    if row["score"] is None:
+        return "–"
+    return measure.show(row["score"]) if brief else measure.interval(row["score"], row["ci95"])
+
+
+def _brief(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 STYLES = {None: "bold", "finished": "", "stopped": "dim"}

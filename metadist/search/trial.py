@@ -18,6 +18,7 @@ from metadist.evaluation.protocol import Score
 from metadist.measure import MEASURES
 from metadist.runtime.checkpoint import newest_good
 from metadist.runtime.journal import read_metrics
+from metadist.runtime.preemption import Preempted
 from metadist.runtime.run_folder import RunFolder
 from metadist.runtime.train import Stopped
 from metadist.search.costs import adaptation_mflop, forget_peak, peak_memory
@@ -52,11 +53,20 @@ def trial_config(job: SearchJob, trial: Trial) -> Config:
 def run_trial(job: SearchJob, trial: Trial, folder: Path, ask: Ask) -> End:
     """Begin a trial of the search in `folder`, or go on with it, until it ends in some way.
 
-    What the run says goes to `logs/ID.log`. Raises StorageError: a full disk is not the trial's fault.
+    What the run says goes to its log. Raises StorageError: a full disk is not the trial's fault.
     """
-    log = folder / "logs" / f"{trial.id}.log"
-    with log.open("a", encoding="utf-8") as said, redirect_stdout(said), redirect_stderr(said):
-        return _Attempt(job, trial, folder / "trials" / trial.id, ask).end()
+    with log_of(folder, trial).open("a", encoding="utf-8") as said, redirect_stdout(said), redirect_stderr(said):
+        return attempt(job, trial, folder, ask)
+
+
+def attempt(job: SearchJob, trial: Trial, folder: Path, ask: Ask, begin: run.Begin | None = None) -> End:
+    """The same with what it says left where it goes. begin: makes its runtime, where it computes with others."""
+    return _Attempt(job, trial, folder / "trials" / trial.id, ask, begin).end()
+
+
+def log_of(folder: Path, trial: Trial) -> Path:
+    """`logs/ID.log` of a search's folder."""
+    return folder / "logs" / f"{trial.id}.log"
 
 
 class _Ended(NamedTuple):
@@ -67,12 +77,13 @@ class _Ended(NamedTuple):
 class _Attempt:
     """One process's part of a trial."""
 
-    def __init__(self, job: SearchJob, trial: Trial, path: Path, ask: Ask) -> None:
-        self.job, self.trial, self.path, self.ask = job, trial, path, ask
+    def __init__(self, job: SearchJob, trial: Trial, path: Path, ask: Ask, begin: run.Begin | None) -> None:
+        self.job, self.trial, self.path, self.ask, self.begin = job, trial, path, ask, begin
         self.began, self.before, self._waits = time.time(), 0.0, False
 
     def end(self) -> End:
-        forget_peak()
+        if self.begin is None:
+            forget_peak()
         ended = self._ended()
         if ended.reason:
             print(f"{ended.how}: {ended.reason}", flush=True)
@@ -91,9 +102,9 @@ class _Attempt:
                 self._hand_in(config)
                 if self._waits:
                     return _Ended("paused", "")
-                run.resume(self.path, _cluster_of(config), self.began, self._watch)
+                run.resume(self.path, _cluster_of(config), self.began, self._watch, self.begin)
             else:
-                run.train(config, self.trial.id, self.path, self.began, self._watch)
+                run.train(config, self.trial.id, self.path, self.began, self._watch, self.begin)
         except Stopped as end:
             return _Ended("paused" if self._waits else "stopped", str(end))
         except Divergence as error:
@@ -102,7 +113,7 @@ class _Attempt:
             return _Ended("refused", str(error))
         except StorageError as error:
             raise StorageError(str(error.__cause__ or error)) from error  # without how to resume a single run
-        except Interrupted:
+        except (Interrupted, Preempted):
             raise
         except MetadistError as error:
             return _Ended("failed", str(error))
@@ -120,8 +131,8 @@ class _Attempt:
         return self.before + time.time() - self.began
 
     def _memory(self) -> dict[str, float]:
-        """The peak where the trial is this process; that of workers on other machines is not known here."""
-        return {} if self.job.base.cluster.most else peak_memory()
+        """The peak where the trial is this process; that of workers, or of one trial of a pack, is not known here."""
+        return {} if self.job.base.cluster.most or self.begin else peak_memory()
 
     def _watch(self, step: int, score: Score) -> None:
         if not math.isfinite(score.mean):
@@ -161,12 +172,12 @@ class _Attempt:
         if found is None:
             return 0, facts
         snapshot, best, record = found
-        facts["seconds"] = record["seconds"]
+        facts |= {name: record[name] for name in ("seconds", "reproducible")}
         if best is not None:
             facts["best"] = {"step": best.step, MEASURES[config.kind].name: best.score, "ci95": best.ci95}
         result = RunFolder(self.path).result()
         if result is not None:
-            facts |= {"seconds": result["wall_seconds"], "reproducible": result["reproducible"]}
+            facts |= {"seconds": result["wall_seconds"]}
             facts |= {name: result[name] for name in ("theta_sha256", "numeric_fingerprint")}
         return snapshot.step, facts
 

@@ -52,7 +52,7 @@ def _deliver(copy: Copy, final: bool) -> None:
     found: dict[str, Any] = json.loads(raw) if raw else {}
     run_id, params, status = copy.run()
     copy.deliver_config(run_id, params)
-    problem = _deliver_trials(copy, run_id, found.get("winner"), final)
+    problem = _deliver_trials(copy, run_id, found.get("run"), final)
     if raw is None:
         copy.unfinished(run_id, status, final)
     else:
@@ -62,12 +62,12 @@ def _deliver(copy: Copy, final: bool) -> None:
 
 
 def _deliver_trials(copy: Copy, parent: str, winner: str | None, final: bool) -> str | None:
-    """Every trial that is not delivered yet; why one is not."""
+    """Every trial that is not delivered yet; why one is not. winner: folder of its run."""
     problem = None
     ended = _ended(copy.run_dir / "trials.parquet")
     for path in sorted((copy.run_dir / "trials").glob("*/config.yaml")):
         trial = path.parent
-        known, wins = delivery.read(trial), trial.name == winner
+        known, wins = delivery.read(trial), f"trials/{trial.name}" == winner
         if (trial / "result.json").exists():
             complete = known.finished and (known.model_logged or not wins)
         else:

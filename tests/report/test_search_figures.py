@@ -33,7 +33,7 @@ def rows(count: int, seed: int = 0, of: str = "algorithm.inner_lr") -> list[dict
 
 def found(trials: list[dict[str, Any]], keys: tuple[str, ...] = KEYS, measure: Measure = ACCURACY) -> Found:
     curves = [{"trial": t["id"], "step": s, "score": t["score"] or 0.0} for t in trials for s in (5, 10)]
-    return Found(keys, frozenset({KEYS[0]}), measure, trials, curves, 5, 10)
+    return Found(keys, frozenset({KEYS[0]}), measure, trials, trials, curves, 5, 10)
 
 
 @pytest.mark.parametrize("key", KEYS[:2])

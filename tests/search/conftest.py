@@ -68,7 +68,7 @@ def trained(job: SearchJob, index: int, folder: Path) -> Trial:
 @pytest.fixture(scope="session")
 def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Searched:
     folder = tmp_path_factory.mktemp("search") / "s"
-    folder.mkdir()
+    (folder / "logs").mkdir(parents=True)
     (folder / "job.yaml").write_text(yaml.safe_dump(JOB))
     job = load_search(folder / "job.yaml")
     (folder / "search.yaml").write_text(to_yaml(job))

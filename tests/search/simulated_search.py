@@ -26,12 +26,13 @@ BASE: dict[str, Any] = {
     "cluster": {"workers": 0},
     "eval": {"every": 1},
 }
+PACKED: dict[str, Any] = {"algorithm.inner_lr": {"loguniform": [0.01, 5]}, "seed": {"randint": [1, 5]}}
 REGRESSION: dict[str, Any] = {"data": {"name": "sinusoid"}, "model": {"name": "mlp"}}
 
 
 def job(base: dict[str, Any] | None = None, **search: Any) -> SearchJob:
     """A search of 8 meta-steps with a validation behind each."""
-    space = GRID if search.get("searcher") == "grid" else SPACE
+    space = PACKED if "pack" in search else GRID if search.get("searcher") == "grid" else SPACE
     return checked({**BASE, **(base or {}), "search": {"space": space, **search}}, "job")
 
 
@@ -48,7 +49,7 @@ class Kept:
 
 def score(trial: Trial, step: int) -> float:
     """Best at an inner rate of 0.7 and 3 steps; better with every step; NaN of some."""
-    lr, steps = trial.values["algorithm.inner_lr"], trial.values["algorithm.inner_steps"]
+    lr, steps = trial.values["algorithm.inner_lr"], trial.values.get("algorithm.inner_steps", 3)
     assert isinstance(lr, float) and isinstance(steps, int)
     if trial.index == 5 and step == 3:
         return math.nan
@@ -56,7 +57,7 @@ def score(trial: Trial, step: int) -> float:
 
 
 def facts(trial: Trial) -> dict[str, Any]:
-    return {"adaptation_mflop": 10.0 * int(str(trial.values["algorithm.inner_steps"])), "peak_memory": 1e9}
+    return {"adaptation_mflop": 10.0 * int(str(trial.values.get("algorithm.inner_steps", 3))), "peak_memory": 1e9}
 
 
 def dies(trial: Trial, step: int) -> bool:
@@ -77,23 +78,29 @@ def search(
     choose: Choose = min,
     until: Callable[[], bool] = lambda: False,
 ) -> Director:
-    """Run a search to its end, or until its driver is killed. choose: the running trial that comes next."""
+    """Run a search to its end, or until its driver is killed.
+
+    choose: the running trial that comes next, of all by their steps.
+    """
     director = Director(job, ledger, clock=lambda: 0.0)
     running: dict[str, tuple[Trial, int]] = {}
     while True:
         while isinstance(answer := director.next(), Start):
-            trial = answer.trial
-            assert trial.id not in running and trial.end is None
-            # from its last checkpoint, which may be older than its last report
-            running[trial.id] = trial, max(0, len(trial.reports) - 2)
+            trial: Trial | None = answer.trial
+            while trial is not None:
+                assert trial.id not in running and trial.end is None
+                # from its last checkpoint, which may be older than its last report
+                running[trial.id] = trial, max(0, len(trial.reports) - 2)
+                trial = director.beside(answer.trial)
             assert len(running) <= job.search.concurrent
+            assert len({job.search.pack_of(int(id)) for id in running}) <= job.search.processes
         if isinstance(answer, Finished):
             assert not running
             return director
         assert isinstance(answer, Wait) and running
         if until():
             return director
-        id = choose(sorted(running))
+        id = choose(sorted(running, key=lambda id: (running[id][1], id)))
         if not _goes_on(director, running, id):
             del running[id]
 

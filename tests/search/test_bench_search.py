@@ -1,7 +1,9 @@
 """The suite that measures what is cheaper than brute force measures the same work on both sides."""
 
-from metadist.bench.search import PACKS, packed_rows, pair, sweep_rows
-from metadist.config import load, validate
+import pytest
+
+from metadist.bench.search import JOBS, PACKS, packed_rows, pair, search_job, sweep_rows, trial_job
+from metadist.search.job import checked
 
 
 def test_rows_of_a_sweep_and_of_packs() -> None:
@@ -18,14 +20,8 @@ def test_a_ratio_is_the_median_of_those_within_a_turn() -> None:
     assert (row.value, row.ratio, row.repeats) == (10.0, 2.0, 3)
 
 
-def test_the_packed_trial_is_a_search(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    from metadist.bench.search import TRIALS, _trial_job
-    from metadist.config import to_yaml
-    from metadist.search.job import checked
-
-    job = _trial_job()
-    path = tmp_path / "job.yaml"
-    path.write_text(to_yaml(job))
-    assert load(path) == job
-    raw = {"search": {"space": {"algorithm.inner_lr": {"choice": list(TRIALS)}}}, **job.model_dump()}
-    assert checked(raw, "bench").base.outer == validate(job.model_dump(), "bench").outer
+@pytest.mark.parametrize("name", JOBS)
+def test_the_searches_are_searches(name: str) -> None:
+    for search in ({"concurrent": 2}, {"concurrent": 8, "pack": 4}):
+        found = checked(search_job(name, search), "bench")
+        assert found.search.processes == 2 and found.base.outer == trial_job(name).outer

@@ -11,6 +11,7 @@ from simulated_search import CONDITIONS, Kept, job, search
 from metadist.errors import ConfigError, StorageError
 from metadist.search.director import Director, Finished, Start, Wait
 from metadist.search.events import trials_of
+from metadist.search.job import refuse_changed_search
 from metadist.search.ledger import Ledger
 
 SEARCHERS, SCHEDULERS = ("random", "grid", "optuna"), ("fifo", "asha", "median")
@@ -101,6 +102,66 @@ def test_three_at_once_nothing_is_decided_twice_or_lost(searcher, scheduler, ord
         assert trial.index == 0 or task.allows(trial.values)
         assert all(report.decision == "go" for report in trial.reports[:-1])
         assert trial.stopped == (trial.end.how == "stopped")
+
+
+@pytest.mark.parametrize(("searcher", "scheduler"), [("random", "asha"), ("optuna", "asha"), ("optuna", "median")])
+def test_one_pack_at_a_time_a_driver_killed_anywhere_decides_as_if_it_had_not_been(searcher, scheduler):
+    """Trials of a pack come in in the order of their meta-steps, then of their numbers, as `run_pack` lets them."""
+    task = job(searcher=searcher, scheduler=scheduler, trials=7, pack=3, concurrent=3, retries=0)
+    whole = Kept()
+    search(task, whole, choose=lambda running: running[0])
+    for cut in range(len(whole.events) + 1):
+        again = Kept(whole.events[:cut])
+        search(task, again, choose=lambda running: running[0])
+        assert again.events == whole.events, f"killed behind event {cut}"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(("random", "optuna")),
+    st.sampled_from(SCHEDULERS),
+    st.sampled_from([(2, 2), (2, 4), (3, 3), (3, 6)]),
+    st.lists(st.integers(0, 5), max_size=60),
+    st.lists(st.integers(1, 25), max_size=4),
+)
+def test_packs_are_whole_and_nothing_is_decided_twice_or_lost(searcher, scheduler, sizes, order, deaths):
+    pack, concurrent = sizes
+    task = job(searcher=searcher, scheduler=scheduler, trials=8, pack=pack, concurrent=concurrent)
+    ledger, turns = Kept(), iter(order)
+
+    def choose(running):
+        return running[next(turns, 0) % len(running)]
+
+    for lives in deaths:
+        left = itertools.count(lives, -1)
+        search(task, ledger, choose, until=lambda left=left: next(left) == 0)
+        ledger = Kept(ledger.events)
+    director = search(task, ledger, choose)
+    assert [trial.index for trial in director.trials] == list(range(8))
+    told = [(event["event"], event["id"], event.get("step")) for event in ledger.events]
+    assert Counter(id for event, id, _ in told if event == "end") == Counter(trial.id for trial in director.trials)
+    reports = [(id, step) for event, id, step in told if event == "report"]
+    assert len(set(reports)) == len(reports)
+    started = [int(event["id"]) for event in ledger.events if event["event"] == "trial"]
+    assert started == sorted(started)
+
+
+def test_a_pack_is_filled_and_the_next_one_waits_for_its_last_trial():
+    director = Director(job(searcher="random", trials=8, pack=3, concurrent=3), Kept())
+    own = director.next().trial
+    assert own.origin == "baseline" and director.beside(own) is None and director.next() == Wait()
+    director.end(own.id, "finished", 8, "", {})
+    first = director.next().trial
+    assert [first.id, director.beside(first).id, director.beside(first).id] == ["001", "002", "003"]
+    assert director.beside(first) is None and director.next() == Wait()
+    director.end("001", "stopped", 1, "", {})
+    director.end("002", "crashed", 1, "defect", {})
+    assert director.next() == Wait(), "it is tried again when nobody is in its pack"
+    director.end("003", "finished", 8, "", {})
+    again = director.next().trial
+    assert again.id == "002" and director.beside(again) is None
+    director.end("002", "finished", 8, "", {})
+    assert director.next().trial.id == "004"
 
 
 def test_a_report_that_is_recorded_is_answered_as_it_was():
@@ -196,6 +257,38 @@ def test_the_budget_is_an_event_and_spans_drivers():
     now[0] = 0.0
     assert Director(task, ledger, clock=lambda: now[0]).next() == Finished()
     assert [event["event"] for event in ledger.events].count("budget") == 1
+
+
+def test_a_budget_that_is_raised_goes_on():
+    now = [0.0]
+    task, ledger = job(searcher="random", scheduler="fifo", budget=1.0, concurrent=1), Kept()
+    director = Director(task, ledger, clock=lambda: now[0])
+    director.next()
+    now[0] = 70.0
+    director.end("000", "finished", 8, "", {})
+    assert director.next() == Finished() and director.over.startswith("search.budget: its 1 minutes are over")
+    assert Director(task, ledger, clock=lambda: 0.0).next() == Finished()
+    for budget in (2.0, None):
+        more = job(searcher="random", scheduler="fifo", budget=budget, concurrent=1)
+        refuse_changed_search(task, more)
+        again = Director(more, Kept(ledger.events), clock=lambda: now[0])
+        assert again.over == "" and again.next().trial.id == "001"
+        now[0] += 60.0  # 130 s in all
+        again.end("001", "finished", 8, "", {})
+        assert isinstance(again.next(), Finished if budget else Start)
+
+
+def test_a_draw_that_finds_nothing_ends_the_drawing_alone():
+    """A condition that one point in some hundreds meets: what was tried stands, and is concluded."""
+    rare = [{"when": {}, "need": {"algorithm.inner_lr": {"at_least": 4.93}}}]
+    task = job(searcher="random", scheduler="fifo", conditions=rare, trials=1000)
+    ledger = Kept()
+    director = search(task, ledger)
+    assert 3 < len(director.trials) < 1000, "else this test shows nothing"
+    (event,) = (event for event in ledger.events if event["event"] == "exhausted")
+    assert director.over == event["reason"] and "algorithm.inner_lr at least 4.93" in event["reason"]
+    assert Director(task, ledger).next() == Finished()
+    assert [event["event"] for event in ledger.events].count("exhausted") == 1
 
 
 def test_what_is_not_durable_has_not_been_decided():

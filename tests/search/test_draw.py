@@ -7,7 +7,7 @@ import pytest
 from simulated_search import CONDITIONS, GRID, job
 
 from metadist.errors import ConfigError
-from metadist.search.draw import grid, own_point, random_point
+from metadist.search.draw import check_draws, grid, own_point, random_point
 
 
 def test_a_point_is_a_function_of_seed_and_index():
@@ -83,6 +83,33 @@ def test_conditions_that_allow_nothing():
     task = job(conditions=[{"when": {"seed": 0}, "need": {"algorithm.inner_steps": 9}}])
     with pytest.raises(ConfigError, match=r"^search.conditions: none of 1,000 points drawn for trial 004 is allowed; "):
         random_point(task, 4)
+
+
+def test_what_refuses_most_and_what_is_drawn_is_named():
+    conditions = [
+        {"when": {"algorithm.order": 2}, "need": {"algorithm.inner_steps": {"at_most": 3}}},
+        {"when": {}, "need": {"algorithm.inner_steps": {"at_least": 6, "at_most": 9}}},
+    ]
+    for check in (lambda task: random_point(task, 1), check_draws):
+        with pytest.raises(ConfigError) as told:
+            check(job(searcher="random", conditions=conditions))
+        assert str(told.value) == (
+            "search.conditions: none of 1,000 points drawn for trial 001 is allowed; search.conditions.1 refuses 1,000 "
+            "of them: it asks for algorithm.inner_steps at least 6 and at most 9; search.space draws "
+            "algorithm.inner_steps by {'randint': (1, 5)}; others refuse the rest"
+        )
+    check_draws(job(searcher="random", conditions=conditions, trials=1))  # the job's own values are no draw
+
+
+def test_a_grid_without_a_point_is_refused_before_it_begins():
+    never = [{"when": {"algorithm.inner_steps": [1, 3, 5]}, "need": {"algorithm.inner_lr": 7.0}}]
+    with pytest.raises(ConfigError) as told:
+        check_draws(job(searcher="grid", conditions=never))
+    assert "none of 9 combinations is allowed; search.conditions.0 refuses 9 of them: it asks for " in str(told.value)
+    assert "algorithm.inner_lr is 7.0 where algorithm.inner_steps one of [1, 3, 5]" in str(told.value)
+    check_draws(job(searcher="grid"))
+    with pytest.raises(ConfigError, match=r"^search\.space: its only point is the job's own run"):
+        check_draws(job(searcher="grid", space={"algorithm.inner_lr": {"grid": [0.4]}}))
 
 
 def test_a_space_of_which_no_point_is_a_run():

@@ -211,6 +211,61 @@ def test_concluding_again_adds_nothing_and_a_further_trial_is_judged_with_the_ot
     assert json.loads((searched.folder / "search.json").read_text())["meta_tests"] == len(tests)
 
 
+# --- a packed winner -----------------------------------------------------------------
+
+
+def packed(searched: Any, *ids: str) -> SearchJob:
+    """Let some trials have been packed; the search of that."""
+    for trial in searched.trials:
+        if trial.id in ids:
+            trial.end.facts.update({"reproducible": False, "theta_sha256": "of the pack"})
+    return searched.job._replace(search=searched.job.search.model_copy(update={"pack": 2}))
+
+
+def test_a_packed_winner_is_trained_again_by_itself(searched: Any, concluded_once: Any, tmp_path: Path) -> None:
+    """Interrupted on the way, it goes on; the answer is that of the same trial unpacked."""
+    winner = events_of(concluded_once, "selected")[0]["id"]
+    job, ledger, said = packed(searched, winner), searched.ledger(), []
+
+    def interrupt(line: str) -> None:
+        if "by itself: 4/8" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        conclude(job, searched.trials, searched.folder, ledger, interrupt)
+    assert not [event for event in ledger.events if event["event"] == "alone"]
+    conclude(job, searched.trials, searched.folder, ledger, said.append)
+    (alone,) = (event for event in ledger.events if event["event"] == "alone")
+    events = list(ledger.events)
+    conclude(job, searched.trials, searched.folder, ledger, said.append)
+    assert ledger.events == events
+    ledger.close()
+    assert (alone["id"], alone["how"], alone["facts"]["reproducible"]) == (winner, "finished", True)
+    told = json.loads((searched.folder / "search.json").read_text())
+    calm = json.loads((concluded_once.folder / "search.json").read_text())
+    assert (told["run"], calm["run"]) == (f"trials/{winner}-alone", f"trials/{winner}")
+    assert told["theta_sha256"] == alone["facts"]["theta_sha256"] == calm["theta_sha256"]
+    assert (told["fresh"], told["test"]) == (calm["fresh"], calm["test"])
+    assert "packed with others" in (searched.folder / "best.yaml").read_text()
+    trained = train(load(searched.folder / "best.yaml", ["tracking.uri=off", "eval.test=false"]), "b", tmp_path / "b")
+    assert trained.result["theta_sha256"] == told["theta_sha256"]
+    shown = (searched.folder / "report.html").read_text()
+    assert "Trained again by itself, to " in shown
+
+
+def test_a_packed_finalist_that_fails_by_itself_does_not_win(
+    searched: Any, concluded_once: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    winner = events_of(concluded_once, "selected")[0]["id"]
+    job, ledger = packed(searched, winner), searched.ledger()
+    end = End("diverged", 3, "step 3 is not finite", {"seconds": 1.0})
+    monkeypatch.setattr(outcome, "run_trial", lambda *_: end)
+    conclude(job, searched.trials, searched.folder, ledger, lambda line: None)
+    found = answer(searched.trials, ledger.events)
+    assert found.winner is not None and found.winner.id != winner and found.alone is None
+    ledger.close()
+
+
 # --- what is left behind ------------------------------------------------------------
 
 
@@ -223,7 +278,7 @@ def test_the_tables(concluded_once: Any) -> None:
         "reason": pa.string(), "steps": pa.int64(), "score": pa.float64(), "ci95": pa.float64(), "early": pa.float64(),
         "selection": pa.float64(), "selection_ci95": pa.float64(), "seconds": pa.float64(),
         "tasks_per_second": pa.float64(), "peak_memory": pa.float64(), "adaptation_mflop": pa.float64(),
-        "theta_sha256": pa.string(),
+        "reproducible": pa.bool_(), "theta_sha256": pa.string(),
     }  # fmt: skip
     rows = trials.to_pylist()
     assert [row["id"] for row in rows] == ["000", "001", "002", "003", "004"]

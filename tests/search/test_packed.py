@@ -1,5 +1,8 @@
 """Trials that are computed together: each is, but for the last digits, the run that it would be alone."""
 
+import os
+import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,13 +11,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from metadist.errors import ConfigError, RunError
+from metadist.errors import ConfigError, StorageError
+from metadist.methods import every_method
 from metadist.run import train
+from metadist.runtime.checkpoint import checkpoints, save_checkpoint
 from metadist.runtime.journal import read_metrics
-from metadist.runtime.train import Stopped
+from metadist.runtime.run_folder import RunFolder
 from metadist.search.job import SearchJob, checked
-from metadist.search.packed import check_pack, run_packed
-from metadist.search.state import Trial
+from metadist.search.packed import run_pack
+from metadist.search.state import End, Report, Trial
 
 POINTS = ({"algorithm.inner_lr": 0.4}, {"algorithm.inner_lr": 0.1, "outer.lr": 0.003}, {"seed": 7})
 SPACE = {
@@ -31,14 +36,21 @@ METHODS = {
 
 @pytest.fixture
 def search(tiny: Callable[..., Any]) -> Callable[..., SearchJob]:
-    def make(*overrides: str) -> SearchJob:
-        overrides = ("engine.dtype=float64", "outer.steps=6", "eval.every=3", "checkpoint.every=3", *overrides)
+    def make(*overrides: str, **keys: Any) -> SearchJob:
+        overrides = ("engine.dtype=float64", "outer.steps=6", "eval.every=3", "eval.val_episodes=8", *overrides)
         base = tiny(*overrides).model_dump()
         reads_rate = "inner_lr" in base["algorithm"]
         space = {key: domain for key, domain in SPACE.items() if reads_rate or key != "algorithm.inner_lr"}
-        return checked({"search": {"space": space}, **base}, "test")
+        return checked({"search": {"space": space, "pack": 3, "concurrent": 3, **keys}, **base}, "test")
 
     return make
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("trials", "logs"):
+        (tmp_path / name).mkdir()
+    return tmp_path
 
 
 def trials(job: SearchJob) -> list[Trial]:
@@ -46,95 +58,201 @@ def trials(job: SearchJob) -> list[Trial]:
     return [Trial(f"{n:03}", n, "random", point) for n, point in enumerate(values)]
 
 
-def go(trial: Trial, step: int, mean: float, ci95: float) -> Any:
+def go(trial: Trial, step: int, values: dict[str, float]) -> Any:
     return "go"
 
 
+def run(job: SearchJob, trials: list[Trial], folder: Path, ask: Any = go) -> dict[str, End]:
+    """How each ended, in the order in which they did."""
+    ended: dict[str, End] = {}
+    run_pack(job, trials, folder, ask, lambda trial, end: ended.__setitem__(trial.id, end))
+    return ended
+
+
+def assert_alike(job: SearchJob, trial: Trial, folder: Path, alone: Path) -> str:
+    """θ and history of a packed trial beside those of its run alone; θ's hash."""
+    config = job.config(trial.values).with_values(cluster={"workers": 0}, eval={"test": False})
+    by_itself = train(config, "alone", alone / trial.id)
+    packed = folder / "trials" / trial.id
+    result = RunFolder(packed).result()
+    assert result is not None
+    assert (result["reproducible"], by_itself.result["reproducible"]) == (False, True)
+    one, other = (load_file(path / "theta.safetensors") for path in (packed, by_itself.folder))
+    assert one.keys() == other.keys()
+    for key in one:
+        np.testing.assert_allclose(one[key], other[key], rtol=1e-9, atol=1e-9)
+    rows = [read_metrics(path / "metrics.parquet") for path in (packed, by_itself.folder)]
+    for mine, its in zip(*rows, strict=True):
+        assert (mine.get("val_accuracy") is None) == (mine["step"] != 3 and mine["step"] != 6)
+        for key in ("step", "loss", "accuracy", "grad_norm", "lr", "val_accuracy"):
+            if its.get(key) is not None or mine.get(key) is not None:
+                assert mine[key] == pytest.approx(its[key], rel=1e-9), key
+    return str(result["theta_sha256"])
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_packed_trials_agree_with_runs_alone(search: Callable[..., SearchJob], tmp_path: Path, name: str) -> None:
+def test_packed_trials_agree_with_runs_alone(search: Callable[..., SearchJob], folder: Path, name: str) -> None:
     job = search(f"algorithm.name={name}", *METHODS[name])
     every = trials(job)
-    ended = run_packed(job, every, tmp_path / "packed", go)
-    different = set()
-    for trial in every:
-        config = job.config(trial.values).with_values(cluster={"workers": 0}, eval={"test": False})
-        alone = train(config, "alone", tmp_path / "alone" / trial.id)
-        packed = ended[trial.id]
-        assert not isinstance(packed, Exception), packed
-        assert (packed.result["reproducible"], alone.result["reproducible"]) == (False, True)
-        assert packed.result["meta_steps"] == 6
-        one, other = (load_file(folder / "theta.safetensors") for folder in (packed.folder, alone.folder))
-        assert one.keys() == other.keys()
-        for key in one:
-            np.testing.assert_allclose(one[key], other[key], rtol=1e-9, atol=1e-9)
-        rows = [read_metrics(folder / "metrics.parquet") for folder in (packed.folder, alone.folder)]
-        for mine, its in zip(*rows, strict=True):
-            assert (mine.get("val_accuracy") is None) == (mine["step"] != 3 and mine["step"] != 6)
-            for key in ("step", "loss", "accuracy", "grad_norm", "lr", "val_accuracy"):
-                if its.get(key) is not None or mine.get(key) is not None:
-                    assert mine[key] == pytest.approx(its[key], rel=1e-9), key
-        different.add(packed.result["theta_sha256"])
+    ended = run(job, every, folder)
+    different = {assert_alike(job, trial, folder, folder / "alone") for trial in every}
     assert len(different) == len({str(trial.values) for trial in every}), "no trial is another"
+    for trial in every:
+        end = ended[trial.id]
+        assert (end.how, end.step, end.facts["reproducible"]) == ("finished", 6, False)
+        assert "peak_memory" not in end.facts, "it is that of the pack"
+        log = (folder / "logs" / f"{trial.id}.log").read_text()
+        assert log.count("meta-step 6/6") == 1, "its own lines alone"
 
 
-def test_a_trial_that_is_stopped_leaves_the_others(search: Callable[..., SearchJob], tmp_path: Path) -> None:
+def test_a_trial_that_is_stopped_leaves_the_others(search: Callable[..., SearchJob], folder: Path) -> None:
     job = search()
     asked = []
 
-    def ask(trial: Trial, step: int, mean: float, ci95: float) -> Any:
-        asked.append((trial.id, step, mean, ci95))
+    def ask(trial: Trial, step: int, values: dict[str, float]) -> Any:
+        asked.append((trial.id, step, values["score"]))
         return "stop" if (trial.id, step) == ("001", 3) else "go"
 
-    ended = run_packed(job, trials(job), tmp_path, ask)
-    assert isinstance(ended["001"], Stopped)
-    assert sorted(one[:2] for one in asked) == [("000", 3), ("000", 6), ("001", 3), ("002", 3), ("002", 6)]
-    rows = read_metrics(tmp_path / "001" / "metrics.parquet")
+    ended = run(job, trials(job), folder, ask)
+    assert [one[:2] for one in asked] == [("000", 3), ("001", 3), ("002", 3), ("000", 6), ("002", 6)]
+    assert list(ended) == ["001", "000", "002"] and ended["001"].how == "stopped"
+    rows = read_metrics(folder / "trials" / "001" / "metrics.parquet")
     assert [row["step"] for row in rows] == [1, 2, 3]
-    (mean,) = (mean for id, step, mean, _ in asked if (id, step) == ("001", 3))
-    assert rows[-1]["val_accuracy"] == mean
-    assert not (tmp_path / "001" / "result.json").exists()
-    for id in ("000", "002"):
-        assert ended[id].result["meta_steps"] == 6  # type: ignore[union-attr]
+    (score,) = (score for id, step, score in asked if (id, step) == ("001", 3))
+    assert rows[-1]["val_accuracy"] == score
+    assert not (folder / "trials" / "001" / "result.json").exists()
+    assert all(ended[id].how == "finished" for id in ("000", "002"))
 
 
-def test_one_that_fails_or_diverges_leaves_the_others(search: Callable[..., SearchJob], tmp_path: Path) -> None:
+def test_one_that_fails_or_diverges_leaves_the_others(
+    search: Callable[..., SearchJob], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = search("data.name=sinusoid", "task.ways=5", "model.norm=none", "algorithm.inner_steps=20")
-    wild = Trial("001", 1, "random", {"algorithm.inner_lr": 1e30})
-    calm = Trial("000", 0, "random", {"algorithm.inner_lr": 1e-3})
-    taken = Trial("002", 2, "random", {"algorithm.inner_lr": 2e-3})
-    (tmp_path / "002").mkdir()
-    (tmp_path / "002" / "config.yaml").touch()
-    ended = run_packed(job, [calm, wild, taken], tmp_path, go)
-    assert "diverged at step 0" in str(ended["001"])
-    assert isinstance(ended["002"], RunError)
-    assert ended["000"].result["meta_steps"] == 6  # type: ignore[union-attr]
+    rates = {"000": 1e-3, "001": 1e30, "002": 2e-3}
+    every = [Trial(id, int(id), "random", {"algorithm.inner_lr": rate}) for id, rate in rates.items()]
+    monkeypatch.setattr("metadist.search.trial.OTHERS_SECONDS", 0.1)
+    taken = RunFolder.create(folder / "trials" / "002", job.base, "another's")
+    ended = run(job, every, folder)
+    taken.unlock()
+    assert ended["001"].how == "diverged" and "diverged at step 0" in ended["001"].reason
+    assert ended["002"].how == "failed" and "another process" in ended["002"].reason
+    assert ended["000"].how == "finished" and ended["000"].step == 6
+
+
+@pytest.mark.parametrize("behind", [0, 3])
+def test_a_pack_whose_process_died_goes_on(search: Callable[..., SearchJob], folder: Path, behind: int) -> None:
+    """Killed in its second validation, when one trial has told of it; one's checkpoint is older than the others'."""
+    job = search()
+    every = trials(job)
+    told: list[tuple[str, int]] = []
+
+    class Killed(BaseException):
+        pass
+
+    def dies(trial: Trial, step: int, values: dict[str, float]) -> Any:
+        if (trial.id, step) == ("001", 6):
+            raise Killed
+        told.append((trial.id, step))
+        trial.reports.append(Report(step, values, "go"))
+        return "go"
+
+    threads = threading.active_count()
+    with pytest.raises(Killed):
+        run(job, every, folder, dies)
+    assert threading.active_count() == threads
+    for step, path in checkpoints(folder / "trials" / "002" / "checkpoints"):
+        if step > behind:
+            shutil.rmtree(path)
+
+    def ask(trial: Trial, step: int, values: dict[str, float]) -> Any:
+        told.append((trial.id, step))
+        return "go"
+
+    ended = run(job, every, folder, ask)
+    assert all(ended[trial.id].how == "finished" for trial in every)
+    assert {(id, step) for id, step in told} == {(trial.id, step) for trial in every for step in (3, 6)}
+    for trial in every:
+        assert_alike(job, trial, folder, folder / "alone")
+
+
+def test_a_full_disk_ends_the_pack(
+    search: Callable[..., SearchJob], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(place: Path, *words: Any) -> Any:
+        if "001" in os.fspath(place):
+            raise StorageError("disk: cannot be written: No space left on device")
+        return save_checkpoint(place, *words)
+
+    monkeypatch.setattr("metadist.runtime.train.save_checkpoint", full)
+    with pytest.raises(StorageError, match=r"No space left on device$"):
+        run(search(), trials(search()), folder)
+
+
+# --- what goes together --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("ours", "others", "say"),
+    ("words", "keys", "say"),
     [
-        ((), ({"algorithm.inner_steps": 2},), ("algorithm.inner_steps", "outer.lr")),
-        (("engine.mode=loop",), (), ("engine.mode", "loop")),
-        (("outer.compression=int8",), (), ("outer.compression",)),
-        ((), ({"task.seed": None, "seed": 3},), ("task.seed",)),
+        (
+            (),
+            {"space": {"algorithm.inner_steps": {"choice": [1, 2]}}},
+            r"^test: search\.space\.algorithm\.inner_steps: trials of search\.pack=3 differ in algorithm\.inner_lr,",
+        ),
+        ((), {"concurrent": 4}, r"search\.concurrent: 4 trials at once are no whole packs; .* such as 3$"),
+        ((), {"concurrent": 2}, r"search\.concurrent: 2 trials at once are no whole packs"),
+        ((), {"scheduler": "pbt", "searcher": "random"}, r"search\.scheduler: pbt changes values on the way"),
+        ((), {"scheduler": "fifo", "also": ["seconds"]}, r"search\.also: seconds of a trial is not known within"),
+        (("cluster.workers=2",), {}, r"cluster\.workers: a pack computes in one process; valid with .* is 0"),
+        (("engine.mode=loop",), {}, r"engine\.mode: a pack is computed all at once"),
+        (("outer.compression=int8",), {}, r"outer\.compression: packed trials send"),
+        (
+            ("algorithm.name=task-conditioned", "task.within_group=true"),
+            {},
+            r"algorithm\.name: task-conditioned compares the tasks of a shard and is not packed",
+        ),
     ],
 )
-def test_what_does_not_go_together(search: Callable[..., SearchJob], ours: Any, others: Any, say: Any) -> None:
-    job = search(*ours)
-    configs = [job.base, *(job.config(one) for one in others)]
-    with pytest.raises(ConfigError) as told:
-        check_pack(configs)
-    for word in say:
-        assert word in str(told.value)
+def test_what_does_not_go_together(search: Callable[..., SearchJob], words: Any, keys: Any, say: str) -> None:
+    with pytest.raises(ConfigError, match=say) as told:
+        search(*words, **keys)
+    assert "\n" not in str(told.value)
 
 
-def test_several_seeds_need_one_sampling(search: Callable[..., SearchJob]) -> None:
-    open_base = search().base.with_values(eval={"seed": None})
-    with pytest.raises(ConfigError, match=r"eval\.seed.*see the same tasks"):
-        check_pack([open_base, open_base.model_copy(update={"seed": 5})])
+def test_the_jobs_own_run_is_packed_with_nobody(search: Callable[..., SearchJob]) -> None:
+    assert [search().search.pack_of(n) for n in range(8)] == [0, 1, 1, 1, 2, 2, 2, 3]
+    assert [search(baseline=False).search.pack_of(n) for n in range(4)] == [0, 0, 0, 1]
+    assert search(concurrent=6).search.processes == 2
 
 
-def test_a_method_that_compares_tasks_is_refused(search: Callable[..., SearchJob], tmp_path: Path) -> None:
-    job = search("algorithm.name=task-conditioned", "task.within_group=true")
-    with pytest.raises(ConfigError, match="task-conditioned compares the tasks"):
-        run_packed(job, trials(job), tmp_path, go)
+@pytest.mark.parametrize("method", every_method(), ids=lambda method: method.method_name())
+def test_every_method_packs_that_does_not_compare_tasks(method: Any, tiny: Callable[..., Any]) -> None:
+    """A shard of two trials, whose inner rates differ where the method has one."""
+    import torch
+
+    from metadist.algorithms.algorithm import Comparing
+    from metadist.config import resolve
+    from metadist.data.sources import prepare
+    from metadist.engine.engine import Engine
+    from metadist.engine.packed import vectorised_packed
+    from metadist.engine.shard import vectorised
+
+    name = method.method_name()
+    further = {"task-conditioned": ["task.within_group=true"], "imaml": ["algorithm.inner_steps=3"]}.get(name, [])
+    rates = [[f"algorithm.inner_lr={rate}"] if "inner_lr" in method.model_fields else [] for rate in (0.01, 0.005)]
+    raw = [tiny("engine.dtype=float64", f"algorithm.name={name}", *further, *rate) for rate in rates]
+    engines = [Engine(config, [prepare(source) for source in config.data.sources]) for config in map(resolve, raw)]
+    methods = [engine.algorithms.at(0) for engine in engines]
+    assert isinstance(methods[0], Comparing) == method.compares_tasks
+    if method.compares_tasks:
+        return
+    named = [engine.blueprint.named(engine.blueprint.initial()) for engine in engines]
+    thetas, states = [theta for theta, _ in named], [state for _, state in named]
+    tasks, size = engines[0].tasks, engines[0].shard_tasks
+    episodes = tasks.sample(0, 0, size)
+    packed = vectorised_packed(methods, thetas, states, episodes, tasks.ways, 0)
+    for place, (algorithm, theta, state) in enumerate(zip(methods, thetas, states, strict=True)):
+        alone = vectorised(algorithm, theta, state, episodes, tasks.ways, 0)
+        assert alone.keys() == packed[place].keys()
+        for key, value in alone.items():
+            torch.testing.assert_close(packed[place][key], value, rtol=1e-8, atol=1e-10)

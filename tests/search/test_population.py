@@ -14,10 +14,12 @@ from metadist.config import to_yaml
 from metadist.errors import ConfigError
 from metadist.run import train
 from metadist.search.director import Director, Finished, Graft, Start, Wait
+from metadist.search.draw import random_point
 from metadist.search.graft import graft
 from metadist.search.job import SearchJob, checked
 from metadist.search.ledger import Ledger
 from metadist.search.population import moves
+from metadist.search.rows import early_rows, found, trial_rows
 from metadist.search.state import Report, Trial
 from metadist.search.trial import run_trial, trial_config
 
@@ -177,6 +179,22 @@ def test_killed_behind_any_event_it_decides_the_same(concurrent: int) -> None:
         before = list(memory.events)
         assert told(simulate(job, memory, random.Random(cut + 1))) == told(undisturbed)
         assert memory.events[: len(before)] == before
+
+
+def test_what_mattered_is_told_by_the_values_that_members_began_with() -> None:
+    """Whoever took over another's state, too: its first score was its own."""
+    job = job_of(trials=9, quantile=0.5)
+    director = simulate(job, Memory(), random.Random(0))
+    grafted = [trial for trial in director.trials if trial.drawn]
+    assert len(grafted) > 3
+    rows = early_rows(job, director.trials)
+    for trial, row in zip(director.trials, rows, strict=True):
+        rate = row["algorithm.inner_lr"]
+        assert rate == random_point(job, trial.index)["algorithm.inner_lr"]
+        assert row["early"] == pytest.approx(3 * 0.01 - abs(rate - 0.5))
+    assert found(job, director.trials).shares()["algorithm.inner_lr"] > 0
+    saved = trial_rows(job, director.trials)
+    assert all((row["early"] is None) == bool(trial.drawn) for row, trial in zip(saved, director.trials, strict=True))
 
 
 def test_the_baseline_is_no_member() -> None:

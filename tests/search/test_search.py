@@ -1,5 +1,6 @@
 """A search through Ray Tune: its trials are runs, nothing of them is left, whoever dies."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 import metadist.run
-from metadist.config import Config
+from metadist.config import Config, load
 from metadist.durable import lock
 from metadist.search.events import trials_of
 from metadist.search.job import load_search
@@ -100,6 +101,61 @@ def test_trials_are_runs(job_file: Path, tmp_path: Path, cluster: Any, find_proc
     assert read_ledger(folder / "ledger.jsonl") == before, "a finished search has nothing to do"
 
 
+PACKS = (
+    "search.pack=2", "search.concurrent=2", "search.trials=5", "search.space={algorithm.inner_lr: {grid: [0.2, 1e38, "
+    "0.6, 0.1]}}",
+)  # fmt: skip
+"""The baseline, and two packs of two; one trial diverges."""
+
+
+def assert_the_winner_is_a_run(folder: Path, alone: Path) -> None:
+    """`best.yaml` trains to the bits that are told, whether the winner was packed or not."""
+    told = json.loads((folder / "search.json").read_text())
+    trained = metadist.run.train(load(folder / "best.yaml", ["eval.test=false"]), "best", alone / "best")
+    assert told["theta_sha256"] == trained.result["theta_sha256"]
+    ends = {trial.id: trial.end for trial in trials_in(folder)}
+    finished = {id: end.facts["reproducible"] for id, end in ends.items() if end and end.how == "finished"}
+    assert finished == {id: id == "000" for id in finished}, "all but the job's own run are packed"
+    assert told["run"] == f"trials/{told['winner']}" + ("" if told["winner"] == "000" else "-alone")
+
+
+@pytest.mark.cluster
+def test_packs(job_file: Path, tmp_path: Path, cluster: Any, find_processes: Any, wait_until: Any) -> None:
+    folder = search(job_file, [*PACKS, f"cluster.address={cluster.address}"], tmp_path / "search")
+    trials = trials_in(folder)
+    assert hows(trials) == ["finished", "finished", "diverged", "finished", "finished"]
+    assert [[report.step for report in trial.reports] for trial in (trials[1], trials[4])] == [[3, 6, 9]] * 2
+    assert_the_winner_is_a_run(folder, tmp_path)
+    assert_nothing_is_left(cluster, folder, find_processes, wait_until)
+
+
+@pytest.mark.chaos
+@pytest.mark.cluster
+def test_a_killed_pack_goes_on(
+    job_file: Path, tmp_path: Path, cluster: Any, find_processes: Any, wait_until: Any
+) -> None:
+    """SIGKILL of a pack's process behind its second checkpoint: all its trials go on from theirs."""
+    folder = tmp_path / "search"
+    run = folder / "trials" / "002"
+
+    def kill() -> None:
+        wait_until(lambda: has_checkpoint(run, 6), 120)
+        os.kill(int((run / ".lock").read_text()), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    words = ["outer.steps=60", "search.scheduler=fifo", *PACKS, "search.space={algorithm.inner_lr: {grid: [0.2, 0.6]}}"]
+    search(job_file, [*words, "search.trials=3", f"cluster.address={cluster.address}"], folder)
+    killer.join()
+    events = read_ledger(folder / "ledger.jsonl")
+    assert [event["id"] for event in events if event["event"] == "retry"] == ["001", "002"]
+    assert hows(trials_in(folder)) == ["finished"] * 3
+    told = [(event["id"], event["step"]) for event in events if event["event"] == "report"]
+    assert sorted(told) == [(id, step) for id in ("000", "001", "002") for step in range(3, 61, 3)], "each once"
+    assert_the_winner_is_a_run(folder, tmp_path)
+    assert_nothing_is_left(cluster, folder, find_processes, wait_until)
+
+
 @pytest.mark.chaos
 @pytest.mark.cluster
 def test_workers_in_the_trials_own_group(
@@ -177,6 +233,55 @@ def test_a_full_disk_under_the_ledger_ends_the_search(
     resume(folder)
     assert hows(trials_in(folder)) == ["finished", "finished"]
     assert_each_is_a_run(folder, tmp_path)
+
+
+@pytest.mark.chaos
+@pytest.mark.cluster
+def test_what_is_waited_for_is_told(
+    job_file: Path, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others have reserved all CPUs until then."""
+    import ray
+    from ray.util import placement_group, remove_placement_group
+
+    others, said = placement_group([{"CPU": 3}]), []
+    ray.get(others.ready())
+
+    def say(line: str) -> None:
+        said.append(line)
+        if "waits for a place" in line:
+            remove_placement_group(others)
+
+    monkeypatch.setattr("metadist.search.run._say", say)
+    monkeypatch.setattr("metadist.search.on_tune.LOOKS", 0.5)
+    folder = search(job_file, ["search.trials=2", f"cluster.address={cluster.address}"], tmp_path / "search")
+    assert hows(trials_in(folder)) == ["finished", "finished"]
+    (line,) = (line for line in said if "waits for a place" in line)
+    assert line == "a trial waits for a place on the cluster, where 0 compute: each needs 1 CPU, 0 are free"
+
+
+@pytest.mark.chaos
+@pytest.mark.cluster
+def test_trials_reserve_shares_of_gpus(
+    job_file: Path, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch, wait_until: Any
+) -> None:
+    """Two at once with three quarters of a logical GPU each; all of both is free again behind them."""
+    import ray
+
+    from metadist.search.run import _Shown
+
+    free, show = set(), _Shown.__call__
+
+    def watched(shown: Any, trials: Any) -> None:
+        free.add(ray.available_resources().get("GPU", 0.0))
+        show(shown, trials)
+
+    monkeypatch.setattr(_Shown, "__call__", watched)
+    words = ["cluster.resources={GPU: 0.75}", "outer.steps=30", "search.trials=2", f"cluster.address={cluster.address}"]
+    folder = search(job_file, words, tmp_path / "search")
+    assert hows(trials_in(folder)) == ["finished", "finished"]
+    assert min(free) == pytest.approx(0.5)
+    wait_until(lambda: ray.available_resources().get("GPU") == 2.0, 20, "the GPUs of trials that have ended")
 
 
 # --- the driver's death ------------------------------------------------------------
@@ -260,6 +365,33 @@ def test_a_killed_driver(job_file: Path, tmp_path: Path, command: Callable[..., 
         assert decisions(folder) == expected, point
         for id, written in before.items():
             assert (folder / "trials" / id / "result.json").stat().st_mtime_ns == written, "not run again"
+
+
+@pytest.mark.own_cluster
+@pytest.mark.chaos
+@pytest.mark.timeout(1500)
+def test_a_killed_driver_of_packs(job_file: Path, tmp_path: Path, command: Callable[..., int]) -> None:
+    """Within a pack's validation, when one of two has ended, and while the winner is trained again by itself."""
+    for point in ("after:report:8", "before:end:4", "before:alone:1"):
+        folder = tmp_path / point.replace(":", "-")
+        words = ["search", job_file, *PACKS, "eval.test=false"]
+        assert command(*words, "--run-dir", folder, killed=point) == -signal.SIGKILL
+        there = read_ledger(folder / "ledger.jsonl")
+        before = {
+            trial.id: (folder / "trials" / trial.id / "result.json").stat().st_mtime_ns
+            for trial in trials_in(folder)
+            if trial.end is not None and trial.end.how == "finished"
+        }
+        assert before or point == "after:report:8"
+        assert command("search", "--resume", folder) == 0
+        events = read_ledger(folder / "ledger.jsonl")
+        assert events[: len(there)] == there
+        told = [(event["id"], event["step"]) for event in events if event["event"] == "report"]
+        assert len(told) == len(set(told))
+        assert hows(trials_in(folder)) == ["finished", "finished", "diverged", "finished", "finished"]
+        for id, written in before.items():
+            assert (folder / "trials" / id / "result.json").stat().st_mtime_ns == written, "not run again"
+        assert_the_winner_is_a_run(folder, tmp_path / point)
 
 
 @pytest.mark.chaos

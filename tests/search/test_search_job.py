@@ -30,7 +30,7 @@ def test_a_resumed_search_may_change(base, section):
         (CLASSES, {"seed": 1}, "search.seed: was 0 and cannot become 1 on resume, trials would not be compared alike"),
         (CLASSES, {"scheduler": "median"}, "search.scheduler: was asha and cannot become median on resume"),
         (CLASSES, {"conditions": CONDITIONS}, r"search.conditions: was \[\] and cannot become \[\{.*\}\] on resume"),
-        (CLASSES, {"budget": 3}, "search.budget: was None and cannot become 3.0 on resume"),
+        (CLASSES, {"finalists": 2}, "search.finalists: was 3 and cannot become 2 on resume"),
         (
             CLASSES,
             {"space": {**SPACE, "algorithm.inner_lr": {"loguniform": [0.1, 5]}}},

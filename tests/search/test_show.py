@@ -71,9 +71,20 @@ def many(count: int) -> list[Trial]:
 
 
 def test_the_live_table_has_room_for_those_in_training(trained_once: Any) -> None:
-    table = drawn(trained_once.job, many(30), MOST_ROWS)
+    table = drawn(trained_once.job, many(30), Console(width=80), MOST_ROWS)
     ids = list(table.columns[0].cells)
     assert len(ids) == MOST_ROWS and ids[0] == "028" and ids[-1] == "029" and table.caption == "and 10 more"
+
+
+def test_a_trial_is_a_line_however_narrow_the_console(trained_once: Any) -> None:
+    for width, intervals in ((80, True), (48, False)):
+        console = Console(file=io.StringIO(), width=width)
+        console.print(drawn(trained_once.job, many(9), console))
+        assert isinstance(console.file, io.StringIO)
+        lines = console.file.getvalue().splitlines()
+        assert len([line for line in lines if line.lstrip()[:3].isdigit()]) == 9
+        assert all(len(line) <= width and "…" not in line for line in lines)
+        assert any("±" in line for line in lines) == intervals
 
 
 def test_best_first(trained_once: Any) -> None:

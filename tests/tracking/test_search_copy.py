@@ -16,7 +16,7 @@ from metadist.tracking import delivery, destination, follow
 from metadist.tracking.search_copy import base_of, sync_search
 
 ANSWER: dict[str, Any] = {
-    "winner": "000", "theta_sha256": "ab" * 32, "measure": "accuracy", "trials": 3,
+    "winner": "000", "run": "trials/000", "theta_sha256": "ab" * 32, "measure": "accuracy", "trials": 3,
     "fresh": {"winner": {"score": 0.9, "ci95": 0.01}, "baseline": {"score": 0.8, "ci95": 0.02}, "gain": 0.1,
               "gain_ci95": 0.015},
     "test": {"test": {"accuracy": 0.91, "ci95": 0.01}, "untrained": {"accuracy": 0.3, "ci95": None}, "also": []},
@@ -141,7 +141,7 @@ def test_a_trial_of_a_search_that_goes_on_after_its_answer(search: Searched) -> 
 
 def test_a_search_in_which_nothing_finished(search: Searched) -> None:
     search.end("stopped", "diverged", "stopped")
-    search.answer(winner=None, fresh=None, test=None)
+    search.answer(winner=None, run=None, fresh=None, test=None)
     assert sync_search(search.folder, final=True).finished
     parent, children = runs_of(search)
     assert parent.info.status == "FAILED" and {run.info.status for run in children.values()} == {"KILLED"}
