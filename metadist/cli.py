@@ -3,14 +3,14 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from metadist.errors import ConfigError, MetadistError
+from metadist import cli_jobs
+from metadist.errors import ConfigError
+from metadist.told import told_in_one_line
 
 if TYPE_CHECKING:
     from metadist.data.table import Table
@@ -25,6 +25,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="The data sets that episodes are drawn from.", no_args_is_help=True)
 track_app = typer.Typer(help="The copy of a run in MLflow.", no_args_is_help=True)
+app.command()(cli_jobs.submit)
+app.add_typer(cli_jobs.app, name="jobs")
 app.add_typer(data_app, name="data")
 app.add_typer(track_app, name="track")
 
@@ -32,19 +34,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[JOB] [KEY=VALUE]...", help="a job file or a packaged job's name, then overrides"),
 ]
-
-
-@contextmanager
-def told_in_one_line() -> Iterator[None]:
-    """Known errors become one line and an exit code; anything else keeps its traceback."""
-    try:
-        yield
-    except MetadistError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise typer.Exit(130) from None
 
 
 def process_started() -> float:

@@ -335,6 +335,13 @@ class Tracking(Tree):
     experiment: str = Field("metadist", description="MLflow experiment")
 
 
+class Jobs(Tree):
+    """How `metadist submit` runs this on a cluster."""
+
+    retries: Count = Field(3, description="times that the run's process is started again after it died")
+    queue: Positive = Field(16, description="jobs that may wait or run on the cluster; one more is not submitted")
+
+
 class Stage(Tree):
     """Other values from some meta-step on."""
 
@@ -354,6 +361,10 @@ STAGED: dict[str, tuple[str, ...] | None] = {
 """Keys that may change on the way, and the methods that have them as plain numbers of every meta-step; None: all."""
 
 
+STORAGE = "~/metadist-jobs"
+"""`storage` of a job that says nothing: on the disk of the cluster's head."""
+
+
 class Config(Tree):
     """A whole run."""
 
@@ -368,6 +379,12 @@ class Config(Tree):
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
     tracking: Tracking = Tracking()
+    jobs: Jobs = Jobs()
+    storage: str = Field(
+        STORAGE,
+        description="of `metadist submit`: where results outlive the cluster; a folder of its head, or a URI "
+        "(s3://, gs://)",
+    )
     stages: list[Stage] = Field([], description="{at: STEP, set: {key: value}}: a schedule of keys by meta-step")
 
     @model_validator(mode="after")
@@ -411,6 +428,11 @@ class Config(Tree):
                 )
         method.check(self)
         self._stages()
+        if "@" in self.storage.partition("://")[2].partition("/")[0]:
+            raise ValueError(
+                "storage: holds a key or password, which would be written into every run folder; name them in the "
+                "environment of the cluster, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
         return self
 
     def _stages(self) -> None:
@@ -710,7 +732,7 @@ def _visible_gpus() -> int:
 
 # --- what a resume may change --------------------------------------------------
 
-FREE_ON_RESUME = ("cluster", "checkpoint", "eval", "tracking", "data.root", "data.shared")
+FREE_ON_RESUME = ("cluster", "checkpoint", "eval", "tracking", "jobs", "storage", "data.root", "data.shared")
 """Keys and sections that do not touch the meta-parameters; `outer.steps` joins them without a schedule."""
 
 

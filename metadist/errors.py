@@ -10,6 +10,8 @@ class MetadistError(Exception):
     """A known failure, told in one line."""
 
     exit_code = 2
+    level = "error"
+    """how the log of a run counts it"""
 
 
 class ConfigError(MetadistError):
@@ -40,6 +42,7 @@ class Interrupted(MetadistError):
     """A person stopped the run; it can go on from its last checkpoint."""
 
     exit_code = 130
+    level = "warning"
 
 
 class Divergence(MetadistError):
