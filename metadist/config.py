@@ -368,6 +368,9 @@ class Config(Tree):
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
     tracking: Tracking = Tracking()
+    storage: str | None = Field(
+        None, description="of a submitted run: folder or URI (s3://, gs://) for results that outlive the cluster"
+    )
     stages: list[Stage] = Field([], description="{at: STEP, set: {key: value}}: a schedule of keys by meta-step")
 
     @model_validator(mode="after")
@@ -545,6 +548,18 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
 _NoDuplicates.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
+def job_and_overrides(words: Sequence[str] | None, searches: bool = False) -> tuple[str, list[str]]:
+    """The one job among the words of a command, and the words that are overrides. Raises ConfigError."""
+    named = [word for word in words or [] if "=" not in word]
+    overrides = [word for word in words or [] if "=" in word]
+    if len(named) > 1:
+        raise ConfigError(f"one job at a time: {' and '.join(named)} are two; an override is written key=value")
+    if not named:
+        jobs = packaged_files().keys() - packaged_jobs().keys() if searches else packaged_jobs().keys()
+        raise ConfigError(f"no job is named; packaged jobs: {', '.join(sorted(jobs))}, or a file's path")
+    return named[0], overrides
+
+
 def find_job(job: str) -> Path:
     """The file of a job that is named by its path or by its packaged name."""
     path = Path(job)
@@ -710,7 +725,7 @@ def _visible_gpus() -> int:
 
 # --- what a resume may change --------------------------------------------------
 
-FREE_ON_RESUME = ("cluster", "checkpoint", "eval", "tracking", "data.root", "data.shared")
+FREE_ON_RESUME = ("cluster", "checkpoint", "eval", "tracking", "storage", "data.root", "data.shared")
 """Keys and sections that do not touch the meta-parameters; `outer.steps` joins them without a schedule."""
 
 
