@@ -354,6 +354,10 @@ STAGED: dict[str, tuple[str, ...] | None] = {
 """Keys that may change on the way, and the methods that have them as plain numbers of every meta-step; None: all."""
 
 
+STORAGE = "~/metadist-jobs"
+"""`storage` of a job that says nothing: on the disk of the cluster's head."""
+
+
 class Config(Tree):
     """A whole run."""
 
@@ -368,8 +372,10 @@ class Config(Tree):
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
     tracking: Tracking = Tracking()
-    storage: str | None = Field(
-        None, description="of a submitted run: folder or URI (s3://, gs://) for results that outlive the cluster"
+    storage: str = Field(
+        STORAGE,
+        description="of `metadist submit`: where results outlive the cluster; a folder of its head, or a URI "
+        "(s3://, gs://)",
     )
     stages: list[Stage] = Field([], description="{at: STEP, set: {key: value}}: a schedule of keys by meta-step")
 

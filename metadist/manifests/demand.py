@@ -28,7 +28,7 @@ class Demand(NamedTuple):
     cpus: float
     gpus: float
     resources: dict[str, float]
-    storage: str | None
+    storage: str
 
     @property
     def each(self) -> int:

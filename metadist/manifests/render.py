@@ -86,10 +86,10 @@ def _sized(cluster: Node, wanted: Demand) -> Node:
 
 def _store(cluster: Node, wanted: Demand, lasting: bool) -> None:
     """Mount the claim where the job's storage is a path, and leave it out where it is not."""
-    storage = wanted.storage or ""
+    storage = wanted.storage
     if lasting and not storage.startswith("/") and "://" not in storage:
         raise ConfigError(
-            f"storage: {wanted.storage}: a RayJob's cluster is deleted with its disks when the run is over; valid is "
+            f"storage: {storage}: a RayJob's cluster is deleted with its disks when the run is over; valid is "
             f"s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, or an absolute path, where the volume is then mounted"
         )
     head = cluster["headGroupSpec"]["template"]["spec"]
