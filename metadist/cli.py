@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from metadist.errors import ConfigError, told_in_one_line
-from metadist.manifests.verb import app as cluster_app
+from metadist import cli_cluster, cli_jobs
+from metadist.errors import ConfigError
+from metadist.told import told_in_one_line
 
 if TYPE_CHECKING:
     from metadist.data.table import Table
@@ -24,9 +25,11 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="The data sets that episodes are drawn from.", no_args_is_help=True)
 track_app = typer.Typer(help="The copy of a run in MLflow.", no_args_is_help=True)
+app.command()(cli_jobs.submit)
+app.add_typer(cli_jobs.app, name="jobs")
+app.add_typer(cli_cluster.app, name="cluster")
 app.add_typer(data_app, name="data")
 app.add_typer(track_app, name="track")
-app.add_typer(cluster_app, name="cluster")
 
 Overrides = Annotated[
     list[str] | None,
@@ -42,6 +45,19 @@ def process_started() -> float:
         return boot + ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, StopIteration, ValueError):  # no /proc here
         return time.time() - time.process_time()
+
+
+def _job_and_overrides(words: list[str] | None, searches: bool = False) -> tuple[str, list[str]]:
+    named = [word for word in words or [] if "=" not in word]
+    overrides = [word for word in words or [] if "=" in word]
+    if len(named) > 1:
+        raise ConfigError(f"one job at a time: {' and '.join(named)} are two; an override is written key=value")
+    if not named:
+        from metadist.config import packaged_files, packaged_jobs
+
+        jobs = packaged_files().keys() - packaged_jobs().keys() if searches else packaged_jobs().keys()
+        raise ConfigError(f"no job is named; packaged jobs: {', '.join(sorted(jobs))}, or a file's path")
+    return named[0], overrides
 
 
 @app.command()
@@ -61,9 +77,9 @@ def train(
         if resume is not None:
             _resume(resume, words or [], run_dir, dry_run, started)
             return
-        from metadist.config import job_and_overrides, load, resolve, to_yaml
+        from metadist.config import load, resolve, to_yaml
 
-        job, overrides = job_and_overrides(words)
+        job, overrides = _job_and_overrides(words)
         config = load(job, overrides)
         if dry_run:
             from metadist.data.sources import check
@@ -134,7 +150,6 @@ def search(
                 raise ConfigError("one search folder at a time: `metadist search show DIR`")
             show(Path(words[1]), Console())
             return
-        from metadist.config import job_and_overrides
         from metadist.search.job import load_search, to_yaml
         from metadist.search.run import fresh_name, refuse, size
         from metadist.search.run import resume as go_on
@@ -148,7 +163,7 @@ def search(
                 raise ConfigError(f"--resume takes its job from {resume}/search.yaml; leave out {jobs[0]}")
             go_on(resume, words or [])
             return
-        name, overrides = job_and_overrides(words, searches=True)
+        name, overrides = _job_and_overrides(words, searches=True)
         if dry_run:
             job = load_search(name, overrides)
             refuse(job, run_dir or fresh_name(name))

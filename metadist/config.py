@@ -335,6 +335,13 @@ class Tracking(Tree):
     experiment: str = Field("metadist", description="MLflow experiment")
 
 
+class Jobs(Tree):
+    """How `metadist submit` runs this on a cluster."""
+
+    retries: Count = Field(3, description="times that the run's process is started again after it died")
+    queue: Positive = Field(16, description="jobs that may wait or run on the cluster; one more is not submitted")
+
+
 class Stage(Tree):
     """Other values from some meta-step on."""
 
@@ -372,6 +379,7 @@ class Config(Tree):
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
     tracking: Tracking = Tracking()
+    jobs: Jobs = Jobs()
     storage: str = Field(
         STORAGE,
         description="of `metadist submit`: where results outlive the cluster; a folder of its head, or a URI "
@@ -420,6 +428,11 @@ class Config(Tree):
                 )
         method.check(self)
         self._stages()
+        if "@" in self.storage.partition("://")[2].partition("/")[0]:
+            raise ValueError(
+                "storage: holds a key or password, which would be written into every run folder; name them in the "
+                "environment of the cluster, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
         return self
 
     def _stages(self) -> None:
@@ -552,18 +565,6 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 _NoDuplicates.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
-def job_and_overrides(words: Sequence[str] | None, searches: bool = False) -> tuple[str, list[str]]:
-    """The one job among the words of a command, and the words that are overrides. Raises ConfigError."""
-    named = [word for word in words or [] if "=" not in word]
-    overrides = [word for word in words or [] if "=" in word]
-    if len(named) > 1:
-        raise ConfigError(f"one job at a time: {' and '.join(named)} are two; an override is written key=value")
-    if not named:
-        jobs = packaged_files().keys() - packaged_jobs().keys() if searches else packaged_jobs().keys()
-        raise ConfigError(f"no job is named; packaged jobs: {', '.join(sorted(jobs))}, or a file's path")
-    return named[0], overrides
 
 
 def find_job(job: str) -> Path:
@@ -731,7 +732,7 @@ def _visible_gpus() -> int:
 
 # --- what a resume may change --------------------------------------------------
 
-FREE_ON_RESUME = ("cluster", "checkpoint", "eval", "tracking", "storage", "data.root", "data.shared")
+FREE_ON_RESUME = ("cluster", "checkpoint", "eval", "tracking", "jobs", "storage", "data.root", "data.shared")
 """Keys and sections that do not touch the meta-parameters; `outer.steps` joins them without a schedule."""
 
 

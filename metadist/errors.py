@@ -5,15 +5,13 @@ command line prints that line and exits with `exit_code`; anything that is not
 a `MetadistError` is a defect and keeps its traceback.
 """
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 
 class MetadistError(Exception):
     """A known failure, told in one line."""
 
     exit_code = 2
+    level = "error"
+    """how the log of a run counts it"""
 
 
 class ConfigError(MetadistError):
@@ -44,22 +42,10 @@ class Interrupted(MetadistError):
     """A person stopped the run; it can go on from its last checkpoint."""
 
     exit_code = 130
+    level = "warning"
 
 
 class Divergence(MetadistError):
     """A shard whose loss or gradient is not finite twice in a row; the last good state is kept."""
 
     exit_code = 5
-
-
-@contextmanager
-def told_in_one_line() -> Iterator[None]:
-    """Known errors become one line and an exit code; anything else keeps its traceback."""
-    try:
-        yield
-    except MetadistError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None

@@ -32,6 +32,7 @@ from metadist.runtime.train import Stopped, Trainer, Watch
 from metadist.tasks.samplers import training_tasks
 from metadist.tracking import follow
 from metadist.tracking.destination import check_uri, resolve_uri
+from metadist.tracking.log import Log
 from metadist.tracking.progress import Progress, progress
 
 TRACKING_SECONDS = 20.0
@@ -57,18 +58,19 @@ def train(
     path = run_dir or fresh_name(job)
     refuse_existing(path)
     config = with_tracking(resolve(config), path)
-    say = _printer()
-    tables = checked_tables(config, say)
-    name = run_name(path)
-    runtime = start(config, tables, None, say, name)
-    try:
-        folder = RunFolder.create(path, config, name)
+    with Log() as log:
+        tables = checked_tables(config, log.say)
+        name = run_name(path)
+        runtime = start(config, tables, None, log.say, name)
         try:
-            return _run(config, tables, folder, runtime, None, {}, started, watch)
+            folder = RunFolder.create(path, config, name)
+            log.keep(path)
+            try:
+                return _run(config, tables, folder, runtime, None, {}, started, watch, log)
+            finally:
+                folder.unlock()
         finally:
-            folder.unlock()
-    finally:
-        runtime.close()
+            runtime.close()
 
 
 def train_with(config: Config, tables: list[Table], path: Path, runtime: Runtime, record: dict[str, Any]) -> Finished:
@@ -78,26 +80,30 @@ def train_with(config: Config, tables: list[Table], path: Path, runtime: Runtime
     """
     refuse_existing(path)
     config = with_tracking(config, path)
-    folder = RunFolder.create(path, config, run_name(path))
-    try:
-        return _run(config, tables, folder, runtime, None, record, None, None)
-    finally:
-        folder.unlock()
+    with Log() as log:
+        folder = RunFolder.create(path, config, run_name(path))
+        log.keep(path)
+        try:
+            return _run(config, tables, folder, runtime, None, record, None, None, log)
+        finally:
+            folder.unlock()
 
 
 def resume(run_dir: Path, overrides: list[str], started: float | None = None, watch: Watch | None = None) -> Finished:
     """Go on with a run from its newest good checkpoint."""
     folder = RunFolder.open(run_dir)
     try:
-        return _resume(run_dir, folder, overrides, started, watch)
+        with Log() as log:
+            log.keep(run_dir)
+            return _resume(run_dir, folder, overrides, started, watch, log)
     finally:
         folder.unlock()
 
 
 def _resume(
-    run_dir: Path, folder: RunFolder, overrides: list[str], started: float | None, watch: Watch | None
+    run_dir: Path, folder: RunFolder, overrides: list[str], started: float | None, watch: Watch | None, log: Log
 ) -> Finished:
-    say = _printer()
+    say = log.say
     before = folder.config()
     raw = before.model_dump()
     config = resolve(validate(apply_overrides(raw, overrides), "override"))
@@ -130,7 +136,7 @@ def _resume(
             record = record | {"reproducible": False}
         folder.write_config(config)
         (run_dir / "result.json").unlink(missing_ok=True)
-        return _run(config, tables, folder, runtime, best, record, started, watch)
+        return _run(config, tables, folder, runtime, best, record, started, watch, log)
     finally:
         runtime.close()
 
@@ -203,6 +209,7 @@ def _run(
     record: dict[str, Any],
     started: float | None,
     watch: Watch | None,
+    log: Log,
 ) -> Finished:
     first = runtime.step
     rows = read_metrics(folder.path / "metrics.parquet")
@@ -215,7 +222,7 @@ def _run(
         journal = Journal(folder.path, rows)
         journal.cut(first)
         journal.catch_up(runtime.earlier, MEASURES[config.kind].name)
-        display: Progress = progress(config.outer.steps, config.cluster.most, MEASURES[config.kind])
+        display: Progress = progress(config.outer.steps, config.cluster.most, MEASURES[config.kind], log=log)
         trainer = Trainer(config, runtime, folder, journal, display, best, record, started, watch)
         try:
             with noticed(config.checkpoint.grace):
@@ -228,7 +235,7 @@ def _run(
                 write_ledger(folder.path / "ledger.parquet", last.ledger)
             journal.flush()
             if trainer.best is not None:
-                _write_best(folder, trainer.best)
+                _write_best(folder, trainer.best, log)
             journal.close()
         except StorageError as error:
             journal.abandon()
@@ -257,13 +264,13 @@ def _run(
     return Finished(folder.path, result, [note])
 
 
-def _write_best(folder: RunFolder, best: Best) -> None:
+def _write_best(folder: RunFolder, best: Best, log: Log) -> None:
     """The best state on validation beside the last one; a damaged one costs nothing but itself."""
     path = folder.checkpoints / f"step-{best.step}"
     try:
         state, _, _ = load_checkpoint(path)
     except Damaged as reason:
-        _printer()(f"{path} is damaged ({reason}); the best state on validation is lost, the last one is not")
+        log.say(f"{path} is damaged ({reason}); the best state on validation is lost, the last one is not")
         return
     folder.write_values("best.safetensors", state.values)
 
@@ -323,7 +330,3 @@ def _result(config: Config, tables: list[Table], runtime: Runtime, trainer: Trai
 def _best(trainer: Trainer) -> dict[str, Any] | None:
     best = trainer.best
     return best and {"step": best.step, trainer.measure.name: best.score, "ci95": best.ci95}
-
-
-def _printer() -> Callable[[str], None]:
-    return lambda line: print(line, file=sys.stderr, flush=True)

@@ -53,7 +53,7 @@ def test_a_cluster_of_our_own_has_a_token_of_its_own(environment: Callable[..., 
     assert not (Path.home() / ".ray").exists()
 
 
-@pytest.mark.parametrize("deed", [runtime_cluster._close_the_door, runtime_cluster._say_whether_there_is_a_token])
+@pytest.mark.parametrize("deed", [runtime_cluster._close_the_door, runtime_cluster.say_whether_there_is_a_token])
 @pytest.mark.parametrize("mode", ["disabled", "token"])
 def test_a_mode_in_the_environment_wins(
     deed: Callable[[], None], mode: str, environment: Callable[..., dict[str, str]]
@@ -64,7 +64,7 @@ def test_a_mode_in_the_environment_wins(
 def test_a_cluster_of_others_is_joined_with_the_token_that_there_is(
     environment: Callable[..., dict[str, str]], tmp_path: Path
 ) -> None:
-    join = runtime_cluster._say_whether_there_is_a_token
+    join = runtime_cluster.say_whether_there_is_a_token
     assert environment(join) == {"RAY_AUTH_MODE": "disabled"}
     for name in AUTH[1:]:
         assert environment(join, **{name: "x"}) == {"RAY_AUTH_MODE": "token", name: "x"}

@@ -7,12 +7,12 @@ one; its fingerprint is computed before it is used all the same.
 from __future__ import annotations
 
 import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metadist.data.files import cache_folder, lock
 from metadist.data.table import Table, fingerprint_of, open_table
 from metadist.errors import DataError
+from metadist.filesystems import NotAFileSystem, copy, open_folder, why
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -28,11 +28,9 @@ def offer(table: Table, shared: str) -> None:
         if storage.get_file_info(path).type == fs.FileType.File:
             return
         storage.create_dir(folder, recursive=True)
-        passing = f"{folder}/.{table.path.name}.{uuid.uuid4().hex[:8]}"
-        _copy(fs.LocalFileSystem(), str(table.path), storage, passing)
-        storage.move(passing, path)
+        copy(fs.LocalFileSystem(), str(table.path), storage, path)
     except OSError as error:
-        raise DataError(f"data.shared: {shared} does not take {table.path.name}: {_why(error)}") from error
+        raise DataError(f"data.shared: {shared} does not take {table.path.name}: {why(error)}") from error
 
 
 def fetch(name: str, shared: str) -> Table:
@@ -47,13 +45,13 @@ def fetch(name: str, shared: str) -> Table:
         storage, folder = _storage(shared)
         passing = path.with_name(f".{name}.{uuid.uuid4().hex[:8]}")
         try:
-            _copy(storage, f"{folder}/{name}", fs.LocalFileSystem(), str(passing))
+            copy(storage, f"{folder}/{name}", fs.LocalFileSystem(), str(passing))
             table = open_table(passing)
             if fingerprint_of(table) != table.fingerprint:
                 raise DataError(f"data.shared: {name} in {shared} is damaged; remove it and start again")
             passing.rename(path)
         except OSError as error:
-            raise DataError(f"data.shared: {name} cannot be read from {shared}: {_why(error)}") from error
+            raise DataError(f"data.shared: {name} cannot be read from {shared}: {why(error)}") from error
         finally:
             passing.unlink(missing_ok=True)
     return open_table(path)
@@ -66,26 +64,7 @@ def check_shared(shared: str) -> None:
 
 def _storage(shared: str) -> tuple[FileSystem, str]:
     """The file system of a folder or URI, and the folder in it."""
-    import pyarrow as pa
-    from pyarrow import fs
-
     try:
-        if "://" not in shared:
-            return fs.LocalFileSystem(), str(Path(shared).expanduser().resolve())
-        storage, folder = fs.FileSystem.from_uri(shared)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(
-            f"data.shared: {shared}: {_why(error)}; valid: a folder, or a URI that pyarrow reads such as s3://BUCKET/FOLDER"
-        ) from error
-    return storage, folder.rstrip("/")
-
-
-def _copy(source: FileSystem, path: str, target: FileSystem, to: str) -> None:
-    """One file from one file system to another, in pieces."""
-    with source.open_input_stream(path) as read, target.open_output_stream(to) as written:
-        while piece := read.read(2**23):
-            written.write(piece)
-
-
-def _why(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+        return open_folder(shared)
+    except NotAFileSystem as error:
+        raise DataError(f"data.shared: {shared}: {error}") from error

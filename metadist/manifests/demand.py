@@ -4,31 +4,27 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from metadist.config import Config, find_job, load, read_yaml, resolve, to_yaml
+import yaml
+
 from metadist.errors import ConfigError
-from metadist.search import job as search_job
+from metadist.submit.submission import Submission, submission
 
 LONGEST = 47
 """Characters of a name that KubeRay takes; it makes longer ones of it."""
 
 
 class Demand(NamedTuple):
-    """name: of a Kubernetes object. verb: of metadist. job: the whole job file, every `auto` resolved.
-
-    least, most: workers. cpus, gpus, resources: what each reserves. storage: where results outlive the cluster.
-    """
+    """name: of the Kubernetes objects. least, most: workers. cpus, gpus, resources: what each reserves."""
 
     name: str
-    verb: str
-    job: str
+    job: Submission
     least: int
     most: int
     cpus: float
     gpus: float
     resources: dict[str, float]
-    storage: str
 
     @property
     def each(self) -> int:
@@ -56,33 +52,28 @@ class Demand(NamedTuple):
         return {name: f"{self.each * amount:g}" for name, amount in self.resources.items() if amount}
 
 
-def demand(job: str, overrides: Sequence[str]) -> Demand:
-    """Of a job file of `train` or `search`, run by a driver inside of the cluster. Raises ConfigError."""
-    path, words = find_job(job), [*overrides, "cluster.address=auto"]
-    if "search" in read_yaml(path):
-        searched = search_job.load_search(job, words)
-        return _demand("search", path, search_job.to_yaml(searched), searched.base, searched.search.concurrent)
-    config = resolve(load(job, words))
-    return _demand("train", path, to_yaml(config), config, 1)
-
-
-def _demand(verb: str, path: Path, text: str, config: Config, at_once: int) -> Demand:
-    cluster = config.cluster
+def demand(words: Sequence[str], id: str | None = None) -> Demand:
+    """Of the training or search that `metadist submit` would send with these words. Raises ConfigError, DataError."""
+    job = submission(words, id=id)
+    if job.job is None:
+        raise ConfigError(f"{job.verb}: needs what a run has left; submit it to a cluster that stands")
+    cluster = job.config.cluster
     if not cluster.most:
-        why = "keeps trials on the driver's host" if verb == "search" else "computes in the driver's process"
-        raise ConfigError(f"{path}: cluster.workers: 0 {why}, and pods would stand idle; valid is 1 or more")
+        why = "keeps trials on the driver's host" if job.verb == "search" else "computes in the driver's process"
+        raise ConfigError(f"cluster.workers: 0 {why}, and pods would stand idle; valid is 1 or more")
     assert not isinstance(cluster.cpus, str)  # resolved
     assert not isinstance(cluster.gpus, str)
+    told: dict[str, Any] = yaml.safe_load(job.job)
+    at_once = told["search"]["concurrent"] if job.verb == "search" else 1
+    (name,) = (word for word in words if "=" not in word and word != job.verb)
     return Demand(
-        object_name(path.stem),
-        verb,
-        text,
+        object_name(Path(name).stem),
+        job,
         cluster.least * at_once,
         cluster.most * at_once,
         cluster.cpus,
         cluster.gpus,
         cluster.resources,
-        config.storage,
     )
 
 

@@ -1,5 +1,6 @@
 """A manifest of `cluster/kuberay` filled from a job, so that image, resources and storage are said once."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,16 @@ import yaml
 
 from metadist.errors import ConfigError
 from metadist.manifests.demand import Demand
+from metadist.submit.package import JOB
+from metadist.submit.submission import Submission
 
 Node = dict[str, Any]
 
-JOB = Path("/etc/metadist/job.yaml")
-"""Where the head finds the job file."""
+PLACE = "/etc/metadist"
+"""The head's folder with the job file."""
+
+ENTRY = "metadist.jobs.entry"
+"""The entry point of `metadist submit`; the image has it."""
 
 
 class _Plain(yaml.SafeDumper):
@@ -49,7 +55,7 @@ def render(kind: str, wanted: Demand, image: str | None) -> str:
     if kind == "rayjob":
         cluster = manifest["spec"]["rayClusterSpec"]
         _store(cluster, wanted, lasting=True)
-        manifest["spec"]["entrypoint"] = entry_point(wanted)
+        manifest["spec"]["entrypoint"] = entry_point(wanted.job)
         documents.insert(0, _bring(cluster, wanted))
     else:
         cluster = manifest["spec"]
@@ -63,9 +69,10 @@ def render(kind: str, wanted: Demand, image: str | None) -> str:
     return f"# Made by `metadist cluster render`; cluster/kuberay/{kind}.yaml says what is left to decide.\n{text}"
 
 
-def entry_point(wanted: Demand) -> str:
-    """What the head runs."""
-    return f"metadist {wanted.verb} {JOB}"
+def entry_point(job: Submission) -> str:
+    """What the head runs, in a shell."""
+    words = shlex.join(["python", "-m", ENTRY, *job.words, "--id", job.id])
+    return f"cd {PLACE} && exec {words}"
 
 
 def _sized(cluster: Node, wanted: Demand) -> Node:
@@ -86,7 +93,7 @@ def _sized(cluster: Node, wanted: Demand) -> Node:
 
 def _store(cluster: Node, wanted: Demand, lasting: bool) -> None:
     """Mount the claim where the job's storage is a path, and leave it out where it is not."""
-    storage = wanted.storage
+    storage = wanted.job.config.storage
     if lasting and not storage.startswith("/") and "://" not in storage:
         raise ConfigError(
             f"storage: {storage}: a RayJob's cluster is deleted with its disks when the run is over; valid is "
@@ -107,6 +114,6 @@ def _bring(cluster: Node, wanted: Demand) -> Node:
     name = f"{wanted.name}-job"
     head = cluster["headGroupSpec"]["template"]["spec"]
     (container,) = head["containers"]
-    container["volumeMounts"].append({"name": "job", "mountPath": str(JOB.parent), "readOnly": True})
+    container["volumeMounts"].append({"name": "job", "mountPath": PLACE, "readOnly": True})
     head["volumes"].append({"name": "job", "configMap": {"name": name}})
-    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {JOB.name: wanted.job}}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {JOB: wanted.job.job}}

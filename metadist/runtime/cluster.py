@@ -55,7 +55,7 @@ def connect(cluster: Cluster) -> tuple[Any, bool]:
             **quiet,  # type: ignore[arg-type]
         )
         return ray, True
-    _say_whether_there_is_a_token()
+    say_whether_there_is_a_token()
     _expect_answer(cluster)
     import ray
 
@@ -139,7 +139,7 @@ def _close_the_door() -> None:
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def _say_whether_there_is_a_token() -> None:
+def say_whether_there_is_a_token() -> None:
     """Ray's mode for a cluster that others started, unless the environment says it: with a token where there is one.
 
     Left to itself, Ray decides by its version.

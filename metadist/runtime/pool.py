@@ -18,6 +18,7 @@ from metadist.runtime.cluster import first_line, free, reserved, room
 from metadist.runtime.dispatcher import Dispatcher
 from metadist.runtime.runtime import AggregatorLost, Say
 from metadist.runtime.worker import Introduction
+from metadist.tracking.log import concerning
 
 WAITING = 10.0
 """Seconds between two lines about what is waited for, and those for workers that the run can begin without."""
@@ -95,6 +96,7 @@ class Pool:
         self.pids: dict[str, int] = {}
         self.nodes: dict[str, str] = {}
         self.called: dict[str, str] = {}
+        self.places: dict[str, str] = {}
         self.fingerprint: dict[str, str] = {}
         self.hardware: dict[str, Any] = {}
         self._leave = leave
@@ -196,9 +198,11 @@ class Pool:
         if not self.fingerprint:
             self.fingerprint, self.hardware = found, introduction.hardware
         told = differences(self.fingerprint, found)
+        self.places[name] = f"{introduction.pid}@{introduction.host}"
         if told:
             self._dismiss(name)
-            self.say(f"refused a worker on {introduction.host} (process {introduction.pid}): it has {told}")
+            with concerning(self.places[name]):
+                self.say(f"refused a worker on {introduction.host} (process {introduction.pid}): it has {told}")
             return
         self.nodes[name], self.pids[name] = node, introduction.pid
         # Hosts have process ids of their own: two workers may have the same.
@@ -206,7 +210,8 @@ class Pool:
         self.called[name] = f"{introduction.pid}" if here else f"{introduction.pid}@{introduction.host}"
         self.dispatcher.join(name)
         if self._complete:
-            self.say(f"worker {self.called[name]} joined; {self.size} workers now")
+            with concerning(self.places[name]):
+                self.say(f"worker {self.called[name]} joined; {self.size} workers now")
 
     def _dismiss(self, name: str) -> None:
         actor = self.actors.pop(name, None)
@@ -229,7 +234,9 @@ class Pool:
         self._deaths += 1
         if self._deaths >= MOST_DEATHS_IN_A_ROW:
             raise ClusterError(f"{self._deaths} workers died one after the other; the last one: {reason}")
-        self.say(f"worker {self.called.get(name, name)} died ({reason}); {len(again)} of its shards are computed again")
+        with concerning(self.places.get(name, name)):
+            called = self.called.get(name, name)
+            self.say(f"worker {called} died ({reason}); {len(again)} of its shards are computed again")
         self._hire()
 
     # --- calls and answers ---------------------------------------------------
@@ -268,7 +275,8 @@ class Pool:
                 if isinstance(error.cause, RayError):  # θ_t or a lane, its arguments
                     what = f"what a worker was to compute from is lost with its process: {first_line(error.cause)}"
                     raise AggregatorLost(what) from error
-                raise
+                with concerning(self.places.get(name, name)):
+                    raise
             except RayError as error:  # the worker died; or its answer did, with its node, or never fitted the memory
                 self._lost(name, first_line(error))
                 continue

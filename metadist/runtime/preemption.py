@@ -27,6 +27,7 @@ class Preempted(MetadistError):
     """SIGTERM came; the run can go on from the checkpoint that it leaves."""
 
     exit_code = 128 + signal.SIGTERM
+    level = "warning"
 
 
 def asked() -> bool:

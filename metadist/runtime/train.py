@@ -28,6 +28,8 @@ Watch = Callable[[int, Score], None]
 class Stopped(MetadistError):
     """Raised by whoever watches: the run ends here, its checkpoints stand."""
 
+    level = "info"
+
 
 class Validation(NamedTuple):
     """better: than every one before."""

@@ -58,7 +58,7 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> Path:
     before = load_search(path)
     after = checked(with_keys(read_yaml(path), dict(map(parse_override, overrides))), "override")
     refuse_changed_search(before, after)
-    _refuse_place(after)
+    refuse_place(after)
     checked_tables(after.base, _say)
     _go_on(after, folder, rewrite=before != after)
     return folder
@@ -156,10 +156,10 @@ def refuse(job: SearchJob, folder: Path) -> None:
     if folder.exists():
         goes_on = f"go on with it by `metadist search --resume {folder}`, or " if (folder / JOB).is_file() else ""
         raise RunError(f"{folder}: exists already; {goes_on}choose another --run-dir")
-    _refuse_place(job)
+    refuse_place(job)
 
 
-def _refuse_place(job: SearchJob) -> None:
+def refuse_place(job: SearchJob) -> None:
     """A trial has one placement group, on a cluster that this machine is part of."""
     check_uri(job.base.tracking.uri)
     cluster, device = job.base.cluster, job.base.engine.device

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from metadist.measure import ACCURACY, Measure
+from metadist.tracking.log import Log
 
 LINE_EVERY = 10.0
 Clock = Callable[[], float]
@@ -50,13 +51,19 @@ def progress(
     measure: Measure = ACCURACY,
     console: Console | None = None,
     clock: Clock = time.monotonic,
+    log: Log | None = None,
 ) -> Progress:
-    """The display that fits the console."""
+    """The display that fits the console; the log has its plain lines, and may stand in its place."""
     console = console or Console()
-    state = State(total_steps, workers, clock, measure)
-    if console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter:
-        return LiveProgress(state, console)
-    return PlainProgress(state, console)
+    displays: list[Progress] = []
+    if log is not None:
+        state, shown = State(total_steps, workers, clock, measure), log.shown
+        displays.append(PlainProgress(state, shown))
+    if log is None or not log.structured:
+        state = State(total_steps, workers, clock, measure)
+        live = console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter
+        displays.append(LiveProgress(state, console) if live else PlainProgress(state, Printed(console)))
+    return displays[0] if len(displays) == 1 else Together(displays)
 
 
 @dataclass
@@ -201,12 +208,10 @@ class LiveProgress:
 class PlainProgress:
     """A line every ten seconds, at each validation and at the end, without control characters."""
 
-    def __init__(self, state: State, console: Console) -> None:
-        self._state = state
-        self._file = console.file
+    def __init__(self, state: State, write: Callable[[str, int], None]) -> None:
+        self._state, self._write = state, write
         self._written = -math.inf
         self._written_step = -1
-        self._silent = False
 
     def __enter__(self) -> Self:
         return self
@@ -244,6 +249,17 @@ class PlainProgress:
         self._print("  ".join(filter(None, words)))
 
     def _print(self, line: str) -> None:
+        self._write(line, self._state.step)
+
+
+class Printed:
+    """Lines of a display on a console that is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._file = console.file
+        self._silent = False
+
+    def __call__(self, line: str, step: int) -> None:
         if self._silent:
             return
         encoding = getattr(self._file, "encoding", None) or "utf-8"
@@ -252,6 +268,44 @@ class PlainProgress:
             print(line.encode(encoding, "replace").decode(encoding), file=self._file, flush=True)
         except OSError:  # the reader of the pipe is gone, or the disk of the log file is full: no reason to stop
             self._silent = True
+
+
+class Together:
+    """Several displays of one run."""
+
+    def __init__(self, displays: Sequence[Progress]) -> None:
+        self._displays = displays
+
+    def __enter__(self) -> Self:
+        for display in self._displays:
+            display.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for display in self._displays:
+            display.__exit__(kind, error, trace)
+
+    def start(self, step: int) -> None:
+        for display in self._displays:
+            display.start(step)
+
+    def step(self, step: int, loss: float, score: float, tasks_per_second: float, workers: int) -> None:
+        for display in self._displays:
+            display.step(step, loss, score, tasks_per_second, workers)
+
+    def validation(self, step: int, score: float, ci95: float, best: bool) -> None:
+        for display in self._displays:
+            display.validation(step, score, ci95, best)
+
+    def note(self, line: str) -> None:
+        for display in self._displays:
+            display.note(line)
+
+    def done(self) -> None:
+        for display in self._displays:
+            display.done()
 
 
 def duration(seconds: float) -> str:

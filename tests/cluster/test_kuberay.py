@@ -98,6 +98,17 @@ def test_the_head_of_the_standing_cluster_may_die() -> None:
     assert "redisAddress" not in fault_tolerance
 
 
+def test_a_run_that_is_stopped_has_the_time_that_submit_gives_it() -> None:
+    from metadist.config import Checkpoint
+    from metadist.submit.client import LAST_COPY
+
+    seconds = Checkpoint().grace + LAST_COPY
+    environment = yaml.safe_load(read("rayjob")["spec"]["runtimeEnvYAML"])["env_vars"]
+    assert environment == {"RAY_JOB_STOP_WAIT_TIME_S": f"{seconds:g}"}
+    for name in ("raycluster", "rayjob"):
+        assert cluster_of(read(name))["headGroupSpec"]["template"]["spec"]["terminationGracePeriodSeconds"] > seconds
+
+
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
 def test_ray_is_that_of_the_image(path: Path) -> None:
     pinned = re.search(r"^ray==(\S+)$", (ROOT / "infra" / "constraints.txt").read_text(), re.MULTILINE)

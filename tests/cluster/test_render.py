@@ -1,5 +1,6 @@
 """`metadist cluster render`: one job file says what a cluster is made of."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from metadist.config import load, resolve
 from metadist.manifests.demand import demand, object_name
+from metadist.submit.submission import submission
+
+ROOT = Path(__file__).parents[2]
 
 Problems = Callable[[dict[str, Any]], list[str]]
 Run = Callable[..., Any]
@@ -42,16 +45,28 @@ def amounts_of(group: dict[str, Any]) -> dict[str, str]:
     return dict(container["resources"]["limits"])
 
 
-def test_the_job_that_runs_is_the_job_file(rendered: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
-    carried, manifest = rendered("rayjob", "quickstart", STORED, "seed=7")
-    (tmp_path / "job.yaml").write_text(carried["data"]["job.yaml"])
-    there = load(tmp_path / "job.yaml")
-    assert there == resolve(load("quickstart", [STORED, "seed=7", "cluster.address=auto"]))
+def test_what_runs_is_what_submit_would_send(
+    rendered: Callable[..., list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The entry point, in the folder where the head has the job file, understands its words as the same job."""
+    words = ["quickstart", STORED, "seed=7"]
+    carried, manifest = rendered("rayjob", *words)
     head = manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     (mount,) = (m for m in head["containers"][0]["volumeMounts"] if m["name"] == "job")
     (volume,) = (v for v in head["volumes"] if v["name"] == "job")
     assert volume["configMap"]["name"] == carried["metadata"]["name"]
-    assert f"{mount['mountPath']}/job.yaml" in manifest["spec"]["entrypoint"]
+
+    change, run = manifest["spec"]["entrypoint"].split(" && ")
+    assert change == f"cd {mount['mountPath']}"
+    replaced, python, module, name, *told = shlex.split(run)
+    assert (replaced, python, module) == ("exec", "python", "-m")
+    assert (ROOT / name.replace("metadist.", "").replace(".", "/")).with_suffix(".py").is_file(), "packaged with jobs/"
+    (tmp_path / "job.yaml").write_text(carried["data"]["job.yaml"])
+    monkeypatch.chdir(tmp_path)
+    here = submission(words)
+    assert told[-2:] == ["--id", here.id]
+    there = submission(told[:-2], id=told[-1])
+    assert (there.config, there.words, there.id) == (here.config, here.words, here.id)
 
 
 def test_the_workers_of_the_job_are_pods(rendered: Callable[..., list[dict[str, Any]]]) -> None:
@@ -79,8 +94,13 @@ def test_workers_share_a_pod_as_they_share_a_gpu(
 ) -> None:
     device = "cuda" if gpus else "cpu"
     wanted = demand(
-        "quickstart",
-        [f"cluster.cpus={cpus}", f"cluster.gpus={gpus}", f"cluster.workers={workers}", f"engine.device={device}"],
+        [
+            "quickstart",
+            f"cluster.cpus={cpus}",
+            f"cluster.gpus={gpus}",
+            f"cluster.workers={workers}",
+            f"engine.device={device}",
+        ]
     )
     assert (wanted.pods(workers), wanted.pod_cpus, wanted.pod_gpus) == (pods, pod_cpus, pod_gpus)
     assert wanted.pod_cpus >= wanted.each * cpus
@@ -101,15 +121,15 @@ def test_this_machines_gpus_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> No
     import metadist.config
 
     monkeypatch.setattr(metadist.config, "_visible_gpus", lambda: 8)
-    assert demand("quickstart", []).gpus == 0
+    assert demand(["quickstart"]).gpus == 0
 
 
 def test_a_search_has_workers_for_all_trials_at_once(rendered: Callable[..., list[dict[str, Any]]]) -> None:
-    words = (STORED, "cluster.workers={min: 1, max: 2}", "search.concurrent=3")
+    words = (STORED, "cluster.workers=2", "search.concurrent=3")
     carried, manifest = rendered("rayjob", "search-inner-loop", *words)
     group = group_of(manifest)
-    assert (group["minReplicas"], group["maxReplicas"]) == (3, 6)
-    assert manifest["spec"]["entrypoint"].split()[-2] == "search"
+    assert (group["minReplicas"], group["maxReplicas"]) == (6, 6)
+    assert " search job.yaml " in manifest["spec"]["entrypoint"]
     assert yaml.safe_load(carried["data"]["job.yaml"])["search"]["concurrent"] == 3
 
 
@@ -145,7 +165,9 @@ def test_written_to_a_file_is_what_is_printed(cli: Run, tmp_path: Path) -> None:
     [
         (("--kind", "pod", "quickstart", STORED), ("--kind", "'pod'", "raycluster, rayjob")),
         (("quickstart",), ("storage:", "s3://BUCKET/FOLDER")),
-        (("quickstart", "storage=results"), ("storage: results", "absolute path")),
+        (("quickstart", "storage=results"), ("storage: 'results'", "/FOLDER")),
+        (("evaluate", "quickstart-0123", STORED), ("evaluate:", "a cluster that stands")),
+        (("quickstart", "search-inner-loop", STORED), ("one job at a time",)),
         (("quickstart", STORED, "cluster.workers=0"), ("cluster.workers: 0", "valid is 1 or more")),
         (("search-inner-loop", STORED), ("cluster.workers: 0", "trials")),
         (("quickstart", STORED, "task.shotz=1"), ("task.shotz", "did you mean task.shots?")),

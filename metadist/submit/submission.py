@@ -1,0 +1,187 @@
+"""What is submitted: a person's words become one job for a cluster, checked, with an id of its own.
+
+The entry point on the cluster reads its own words by the same function.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from metadist.config import (
+    Config,
+    apply_overrides,
+    find_job,
+    flatten,
+    load,
+    parse_override,
+    read_yaml,
+    resolve,
+    to_yaml,
+    validate,
+)
+from metadist.data.sources import check as check_source
+from metadist.errors import ConfigError
+from metadist.evaluate import OVERRIDABLE
+from metadist.reproduce.published import chosen, read_table
+from metadist.reproduce.rows import overrides_of
+from metadist.search import job as searches
+from metadist.search.run import refuse_place
+from metadist.submit.package import JOB, code_hash
+from metadist.tracking.destination import check_uri
+
+VERBS = ("train", "search", "evaluate", "reproduce")
+SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "file")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class Options(NamedTuple):
+    """Of `evaluate` and `reproduce`, as on their own command lines."""
+
+    best: bool = False
+    split: str = "test"
+    methods: str | None = None
+    settings: str | None = None
+    budget: str = "short"
+
+    @property
+    def words(self) -> list[str]:
+        """Those that are not as they would be anyway."""
+        given = [(name, value) for name, value in self._asdict().items() if value != Options._field_defaults[name]]
+        return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given]
+
+
+NO_OPTIONS = Options()
+
+
+class Submission(NamedTuple):
+    """One job.
+
+    run: the id of what is stored, a run's or a search's folder; id: of this job, the same but for an evaluation;
+    job: the resolved job file, of a training or a search; words: for the entry point on the cluster; identity: hash
+    of everything that determines what is computed, the code among it; config: `jobs`, `storage` and `checkpoint` of it.
+    """
+
+    verb: str
+    id: str
+    run: str
+    job: str | None
+    words: list[str]
+    identity: str
+    config: Config
+
+
+def submission(words: Sequence[str], options: Options = NO_OPTIONS, id: str | None = None) -> Submission:
+    """The job that `[VERB] JOB [KEY=VALUE]…` asks for. Raises ConfigError and DataError, before anything is sent.
+
+    Without a verb it is a training, or a search where the job file is one of a search. JOB is a job file or a packaged
+    job's name; of `evaluate` the id of a run, of `reproduce` a table.
+    """
+    named = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    verb = named.pop(0) if named and named[0] in VERBS else ""
+    if len(named) != 1:
+        told = f"{' and '.join(named)} are {len(named)}" if named else "none is named"
+        raise ConfigError(f"one job at a time: {told}; `metadist submit [{'|'.join(VERBS)}] JOB [KEY=VALUE]...`")
+    (name,) = named
+    if not verb:
+        verb = "search" if "search" in read_yaml(find_job(name)) else "train"
+    _refuse_unread(verb, options)
+    job, rest = None, [name, *options.words]
+    if verb == "train":
+        config = _training(name, overrides)
+        job = to_yaml(config)
+    elif verb == "search":
+        job, config = _search(name, overrides)
+    else:
+        ours = [word for word in overrides if _is_ours(word)]
+        theirs = [word for word in overrides if not _is_ours(word)]
+        config = validate(apply_overrides({}, ours), "override")
+        rest = [name, *theirs, *options.words]
+        (_check_evaluation if verb == "evaluate" else _check_table)(name, theirs, options)
+        rest += ours
+    _check_storage(config.storage)
+    what = [verb, job] if job is not None else [verb, *rest]
+    identity = hashlib.sha256(json.dumps([what, code_hash()]).encode()).hexdigest()
+    stem = re.sub(r"[^A-Za-z0-9._-]", "-", Path(name).stem if job is not None else f"{verb}-{name}")
+    named_so = id or f"{stem.lstrip('.-_')[:80]}-{identity[:12]}"
+    if not NAME.fullmatch(named_so):
+        raise ConfigError(
+            f"--id: {named_so!r} is no id; valid are letters, digits, '.', '_' and '-', at most a hundred"
+        )
+    run = name if verb == "evaluate" else named_so
+    return Submission(verb, named_so, run, job, [verb, *([JOB] if job is not None else rest)], identity, config)
+
+
+def _training(name: str, overrides: Sequence[str]) -> Config:
+    config = resolve(_on_the_cluster(load(name, overrides)))
+    _check_run(config)
+    return config
+
+
+def _search(name: str, overrides: Sequence[str]) -> tuple[str, Config]:
+    asked = dict(map(parse_override, overrides))
+    raw = searches.with_keys(read_yaml(find_job(name)), {**asked, "cluster.address": "auto"})
+    job = searches.checked(raw, name)
+    refuse_place(job)
+    _check_run(job.base)
+    return searches.to_yaml(job), job.base
+
+
+def _on_the_cluster(config: Config) -> Config:
+    """The config with its driver inside of the cluster; `auto` says nothing of the machine that submits."""
+    alone = config.cluster.most == 0 and config.engine.device == "auto"
+    return config.with_values(cluster={"address": "auto"}, engine={"device": "cpu"} if alone else {})
+
+
+def _check_run(config: Config) -> None:
+    for source in config.data.sources:
+        check_source(source)
+    check_uri(config.tracking.uri)
+
+
+def _check_evaluation(run: str, overrides: Sequence[str], options: Options) -> None:
+    """What can be known without the run's own config."""
+    if not NAME.fullmatch(run):
+        raise ConfigError(f"{run!r} is no id of a run; `metadist jobs list` has them")
+    if options.split not in ("test", "val"):
+        raise ConfigError(f"--split: {options.split!r} is no split to judge on; valid: test, val")
+    known = list(flatten(Config()))
+    for key, _ in map(parse_override, overrides):
+        if not any(key == one or key.startswith((f"{one}.",)) or one.startswith(f"{key}.") for one in known):
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+        if not any(key == free or key.startswith(f"{free}.") for free in OVERRIDABLE):
+            raise ConfigError(f"{key}: belongs to the training; an evaluation may change {', '.join(OVERRIDABLE)}")
+
+
+def _check_table(name: str, overrides: Sequence[str], options: Options) -> None:
+    table = read_table(name)
+    for line in chosen(table, options.budget, options.methods, options.settings):
+        _training(line.job, overrides_of(table, line, options.budget, overrides))
+
+
+def _refuse_unread(verb: str, options: Options) -> None:
+    readers = {"best": "evaluate", "split": "evaluate"}
+    for key, default in Options._field_defaults.items():
+        reader = readers.get(key, "reproduce")
+        if getattr(options, key) != default and verb != reader:
+            raise ConfigError(f"--{key}: is read by `metadist submit {reader}` only, not by {verb}")
+
+
+def _is_ours(word: str) -> bool:
+    key = parse_override(word)[0]
+    return key == "storage" or key.partition(".")[0] == "jobs"
+
+
+def _check_storage(storage: str) -> None:
+    scheme, found, _ = storage.partition("://")
+    if found and scheme in SCHEMES:
+        return
+    if found:
+        raise ConfigError(f"storage: no file system is known for {scheme}://; valid: a folder, {', '.join(SCHEMES)}")
+    if not storage.startswith(("/", "~/")):
+        raise ConfigError(f"storage: {storage!r} is relative to nothing on a cluster; valid: /FOLDER, ~/FOLDER, a URI")
