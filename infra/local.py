@@ -48,14 +48,12 @@ def free_port() -> int:
 
 
 def database(folder: Path, port: int) -> tuple["subprocess.Popen[bytes]", str]:
-    """Start PostgreSQL on a folder, made where it is not there; its process and the URI of the database in it."""
+    """Start PostgreSQL on a folder; its process and the URI of its database, made where it is not there."""
     there = binaries()
     if there is None:
         sys.exit("error: PostgreSQL is not installed; on Debian: apt-get install postgresql")
     who, data, password = identity(), folder / "data", folder / "password"
-    fresh = not password.exists()
-    if fresh:
-        folder.mkdir(parents=True, exist_ok=True)
+    if not (data / "PG_VERSION").exists():
         password.touch(mode=0o600)
         password.write_text(secrets.token_hex(16))
         if who:
@@ -66,7 +64,7 @@ def database(folder: Path, port: int) -> tuple["subprocess.Popen[bytes]", str]:
         if made.returncode:
             sys.exit(f"error: {folder}: PostgreSQL cannot make its database there: {made.stderr.strip()}")
     server = subprocess.Popen(
-        [there / "postgres", "-D", data, "-k", folder, "-h", "127.0.0.1", "-p", str(port)],
+        [there / "postgres", "-D", data, "-k", "", "-h", "127.0.0.1", "-p", str(port)],
         **who,
         cwd=folder,
         stdin=subprocess.DEVNULL,
@@ -74,14 +72,12 @@ def database(folder: Path, port: int) -> tuple["subprocess.Popen[bytes]", str]:
         stderr=subprocess.STDOUT,
     )
     uri = f"postgresql+psycopg2://mlflow:{password.read_text()}@127.0.0.1:{port}/postgres"
-    _until(lambda: _accepts(port), server, folder / "postgres.log")
     return server, uri
 
 
 def tracking(folder: Path, uri: str, port: int) -> "subprocess.Popen[bytes]":
-    """Start an MLflow server on a database; one that answers."""
-    folder.mkdir(parents=True, exist_ok=True)
-    server = subprocess.Popen(
+    """Start an MLflow server on a database."""
+    return subprocess.Popen(
         [
             sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
             "--artifacts-destination", str(folder / "artifacts"),
@@ -93,8 +89,6 @@ def tracking(folder: Path, uri: str, port: int) -> "subprocess.Popen[bytes]":
         stdout=(folder / "mlflow.log").open("a"),
         stderr=subprocess.STDOUT,
     )  # fmt: skip
-    _until(lambda: _answers(port), server, folder / "mlflow.log")
-    return server
 
 
 def _accepts(port: int) -> bool:
@@ -113,9 +107,10 @@ def _answers(port: int) -> bool:
 def _until(ready: Callable[[], bool], server: "subprocess.Popen[bytes]", log: Path, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not ready():
-        if server.poll() is not None or time.monotonic() > deadline:
-            server.kill()
-            sys.exit(f"error: {log}: says why the server did not come up within {seconds:g} s")
+        if server.poll() is not None:
+            sys.exit(f"error: the server ended at once; {log} says why")
+        if time.monotonic() > deadline:
+            sys.exit(f"error: the server did not come up within {seconds:g} s; {log} says why")
         time.sleep(0.1)
 
 
@@ -125,17 +120,27 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="made where it is not there")
     parser.add_argument("--port", type=int, default=5000, help="of the MLflow server")
     told = parser.parse_args()
+    if _accepts(told.port):
+        sys.exit(f"error: --port: something listens on {told.port} already; name another one")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: sys.exit(0))
+    folder, place = told.folder.resolve(), told.folder.resolve() / "postgresql"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: {place}: {error.strerror}; name another folder")
     servers: list[subprocess.Popen[bytes]] = []
     try:
-        started, uri = database(told.folder.resolve() / "postgresql", free_port())
+        port = free_port()
+        started, uri = database(place, port)
         servers.append(started)
-        servers.append(tracking(told.folder.resolve(), uri, told.port))
+        _until(lambda: _accepts(port), started, place / "postgres.log")
+        servers.append(tracking(folder, uri, told.port))
+        _until(lambda: _answers(told.port), servers[-1], folder / "mlflow.log")
         print(f"MLflow is at http://127.0.0.1:{told.port}: tracking.uri=http://127.0.0.1:{told.port}", flush=True)
         while all(server.poll() is None for server in servers):
             time.sleep(0.5)
-        sys.exit(f"error: a server ended by itself; {told.folder}/mlflow.log and postgresql/postgres.log say why")
+        sys.exit(f"error: a server ended by itself; {folder}/mlflow.log and {place}/postgres.log say why")
     finally:
         for server in reversed(servers):
             server.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown; MLflow ends its workers
