@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from metadist import cli_jobs
+from metadist import cli_cluster, cli_jobs
 from metadist.errors import ConfigError
 from metadist.told import told_in_one_line
 
@@ -27,6 +27,7 @@ data_app = typer.Typer(help="The data sets that episodes are drawn from.", no_ar
 track_app = typer.Typer(help="The copy of a run in MLflow.", no_args_is_help=True)
 app.command()(cli_jobs.submit)
 app.add_typer(cli_jobs.app, name="jobs")
+app.add_typer(cli_cluster.app, name="cluster")
 app.add_typer(data_app, name="data")
 app.add_typer(track_app, name="track")
 

@@ -72,3 +72,16 @@ def test_every_job_file_is_packaged_under_its_name(job: Path) -> None:
 
     assert packaged_files()[job.stem].read_text() == job.read_text()
     (load_search if job.stem.startswith("search-") else load)(job.stem)
+
+
+def test_every_manifest_is_packaged_under_its_name() -> None:
+    from metadist.manifests.render import templates
+
+    folder = ROOT / "cluster" / "kuberay"
+    assert templates() == {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def test_what_lies_outside_of_the_package_is_brought_into_it() -> None:
+    targets = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]
+    assert targets["wheel"]["force-include"] == {folder: f"metadist/{folder}" for folder in ("jobs", "cluster/kuberay")}
+    assert {"cluster", "infra", "jobs"} <= set(targets["sdist"]["include"])

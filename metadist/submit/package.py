@@ -24,7 +24,10 @@ def package_files() -> dict[str, Path]:
     return {
         name: path
         for name, path in sorted(found.items())
-        if path.suffix in SUFFIXES and path.is_file() and not any(part.startswith(".") for part in Path(name).parts)
+        if path.suffix in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in Path(name).parts)
+        and not name.startswith("cluster/")  # manifests, which an installed package has; no run reads them
     }
 
 
