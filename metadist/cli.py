@@ -66,6 +66,9 @@ def train(
     run_dir: Annotated[Path | None, typer.Option(help="new run folder; runs/JOB-DATE-TIME without it")] = None,
     resume: Annotated[Path | None, typer.Option(help="run folder to go on with")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved config and run nothing")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="tell where the time went, and write it as a Chrome trace: profile.json")
+    ] = False,
 ) -> None:
     """Meta-train a job, evaluate it and write a run folder.
 
@@ -73,6 +76,7 @@ def train(
     cluster.workers=2 --run-dir runs/a`, `metadist train --resume runs/a`.
     """
     started = process_started()
+    words = [*(words or []), "tracking.profile=true"] if profile else words
     with told_in_one_line():
         if resume is not None:
             _resume(resume, words or [], run_dir, dry_run, started)

@@ -333,6 +333,7 @@ class Tracking(Tree):
         "auto", description="MLflow tracking URI; auto: SQLite beside the run folder; off: none"
     )
     experiment: str = Field("metadist", description="MLflow experiment")
+    profile: bool = Field(False, description="write profile.json, a Chrome trace, and tell where the time went")
 
 
 class Jobs(Tree):

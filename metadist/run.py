@@ -25,6 +25,8 @@ from metadist.runtime.checkpoint import Best, Damaged, checkpoints, load_checkpo
 from metadist.runtime.in_process import InProcess
 from metadist.runtime.journal import Journal, read_metrics
 from metadist.runtime.ledger import staleness, write_ledger
+from metadist.runtime.meters import Meters
+from metadist.runtime.metrics import Emit
 from metadist.runtime.preemption import Preempted, noticed
 from metadist.runtime.run_folder import RunFolder, fresh_name, refuse_existing, run_name
 from metadist.runtime.runtime import Runtime
@@ -216,6 +218,32 @@ def _run(
     watch: Watch | None,
     log: Log,
 ) -> Finished:
+    with Meters(config, runtime, folder.path, _emit(config, folder), log.say) as meters:
+        return _measured(config, tables, folder, runtime, meters, best, record, started, watch, log)
+
+
+def _emit(config: Config, folder: RunFolder) -> Emit | None:
+    """Where metrics go: those of a run on Ray to Ray, under the folder's name and a part of the run's own."""
+    if config.cluster.most == 0:
+        return None
+    from metadist.runtime.ray_metrics import through_ray
+
+    name = folder.path.resolve().name
+    return through_ray(f"{name}-{folder.name[:6]}" if folder.name else name)
+
+
+def _measured(
+    config: Config,
+    tables: list[Table],
+    folder: RunFolder,
+    runtime: Runtime,
+    meters: Meters,
+    best: Best | None,
+    record: dict[str, Any],
+    started: float | None,
+    watch: Watch | None,
+    log: Log,
+) -> Finished:
     first = runtime.step
     rows = read_metrics(folder.path / "metrics.parquet")
     lost = max((int(row["step"]) for row in rows), default=first) - first
@@ -228,7 +256,7 @@ def _run(
         journal.cut(first)
         journal.catch_up(runtime.earlier, MEASURES[config.kind].name)
         display: Progress = progress(config.outer.steps, config.cluster.most, MEASURES[config.kind], log=log)
-        trainer = Trainer(config, runtime, folder, journal, display, best, record, started, watch)
+        trainer = Trainer(config, runtime, folder, journal, display, meters, best, record, started, watch)
         try:
             with noticed(config.checkpoint.grace):
                 with display:
@@ -262,6 +290,8 @@ def _run(
             journal.abandon()
             raise
         result["wall_seconds"] = trainer.seconds
+        if meters.profile is not None:
+            result["profile"] = meters.profile.told()
         folder.write_result(result)
         folder.unlock()
     finally:

@@ -18,6 +18,7 @@ from metadist.engine.layout import Layout
 from metadist.engine.local import descend
 from metadist.engine.shard import ENGINES, JUDGES
 from metadist.engine.sweep import Grid, Setting, judge_grid
+from metadist.spans import Spans
 from metadist.tasks.samplers import Sampler, evaluation_tasks, training_tasks
 
 Lane = dict[str, np.ndarray]
@@ -82,11 +83,16 @@ class Engine:
         self.shard_tasks = config.shard
         self.shards = config.lanes
         self._judged: dict[tuple[str, str], tuple[Sampler, Algorithm]] = {}
+        self.spans = Spans()
 
     def sums(self, theta: dict[str, Tensor], state: dict[str, Tensor], step: int, shard: int) -> dict[str, Tensor]:
         """Float sums of one shard of a meta-step, by name."""
-        episodes = self.tasks.sample(step, shard * self.shard_tasks, self.shard_tasks)
-        return self._compute(self.algorithms.at(step), theta, state, episodes, self.tasks.ways, step)
+        with self.spans.of("sampling"):
+            episodes = self.tasks.sample(step, shard * self.shard_tasks, self.shard_tasks)
+        found = self._compute(self.algorithms.at(step), theta, state, episodes, self.tasks.ways, step)
+        if self.config.tracking.profile and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # else its time would be that of whoever waits for it next
+        return found
 
     def flat(self, values: np.ndarray, step: int, shard: int) -> np.ndarray:
         """The same as one buffer [total], in the parameters' dtype, from flat θ and state."""
@@ -115,12 +121,14 @@ class Engine:
             sums, memory = self._round(theta, state, step, number, _below("memory.", carried))
         layout, compression = self.blueprint.sums, self.blueprint.compression
         if compression is None:
-            part = quantise(layout, sums, scales(layout, exponents, self.device), self.shards)
+            with self.spans.of("sum"):
+                part = quantise(layout, sums, scales(layout, exponents, self.device), self.shards)
             return part, _kept(memory, {})
         if not all(bool(value.isfinite().all()) for value in sums.values()):
             return Part(np.zeros(0, dtype=np.uint8), False, ()), {}
-        payload, residual = compression.compress(sums, _below("residual.", carried))
-        part = quantise(layout, compression.decompress(payload), scales(layout, exponents), self.shards)
+        with self.spans.of("sum"):
+            payload, residual = compression.compress(sums, _below("residual.", carried))
+            part = quantise(layout, compression.decompress(payload), scales(layout, exponents), self.shards)
         return part._replace(q=payload), _kept(memory, residual)
 
     def _round(

@@ -18,6 +18,7 @@ from metadist.engine.engine import Blueprint, Lane
 from metadist.engine.exact import coarser, dequantise, first_exponents, next_exponents, quantise, scales
 from metadist.engine.outer import OuterStep, learning_rate, moved_state
 from metadist.runtime.cut import Piece, cut, gathered_exponents
+from metadist.spans import Span, Spans
 
 REPORTS = 1024
 """Newest reports that an aggregator keeps, for a driver that comes after a dead one."""
@@ -52,7 +53,10 @@ class Snapshot(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What one meta-step says: means over its tasks, the gradient's norm, the rate, the bytes of all sums that came."""
+    """What one meta-step says: means over its tasks, the gradient's norm, the rate, the bytes of all sums that came.
+
+    spans: where the aggregator's time went.
+    """
 
     step: int
     loss: float
@@ -63,6 +67,7 @@ class Report(NamedTuple):
     missing: tuple[int, ...]
     duplicates: int
     bytes: int = 0
+    spans: tuple[Span, ...] = ()
 
 
 class Position(NamedTuple):
@@ -110,7 +115,7 @@ class Aggregator:
         self.reports: deque[Report] = deque(maxlen=REPORTS)
         if snapshot is not None:
             self.outer.remember({name: torch.from_numpy(np.array(value)) for name, value in snapshot.memory.items()})
-        self.bytes = 0
+        self.bytes, self.spans = 0, Spans()
         self._open(attempt=0)
 
     def _open(self, attempt: int) -> None:
@@ -136,8 +141,9 @@ class Aggregator:
             self.duplicates += len(shards)
             return False
         self.added.update(shards)
-        for part in self._integers(q, len(shards)):
-            self.total += part
+        with self.spans.of("sum"):
+            for part in self._integers(q, len(shards)):
+                self.total += part
         return True
 
     def _of_its_kind(self, q: np.ndarray, shards: int) -> bool:
@@ -170,8 +176,9 @@ class Aggregator:
         """Of its tensors in the complete mean gradient, for the norm of the whole; None while shards are missing."""
         if self._missing(step):
             return None
-        with one_thread():
-            return self.outer.squares(self._gradient(self._summed()))
+        summed = self._summed()
+        with self.spans.of("outer step"), one_thread():
+            return self.outer.squares(self._gradient(summed))
 
     def apply(self, step: int, *squares: Sequence[float] | None) -> tuple[Report, Broadcast]:
         """One outer step from the complete sum; without it nothing moves and the report says what is missing.
@@ -186,13 +193,13 @@ class Aggregator:
         self.exponents = next_exponents(self.piece.sums, self.total, self.exponents)
         report = self.move(mean, whole or None)
         report = report._replace(duplicates=duplicates, bytes=received)
-        self.reports.append(report)
+        self.reports.append(report._replace(spans=()))
         return report, self.broadcast()
 
     def move(self, mean: Tensor, squares: Sequence[float] | None = None) -> Report:
         """Take the outer step by the mean, over tasks or replicas, of all that is summed, float64 [total]."""
         step, means = self.step, self.piece.sums.split(mean)
-        with one_thread():
+        with self.spans.of("outer step"), one_thread():
             norm = self.outer.step(self._gradient(mean), step, squares)
             statistics = {name: means[f"statistics.{name}"] for name in self.state}
             if self.config.outer.local is None:
@@ -211,6 +218,7 @@ class Aggregator:
             all(bool(value.isfinite().all()) for value in (self.outer.flat, *self.state.values())),
             (),
             0,
+            spans=self.spans.take(),
         )
 
     def _missing(self, step: int) -> tuple[int, ...]:
@@ -221,7 +229,7 @@ class Aggregator:
     def _summed(self) -> Tensor:
         """The mean of a complete sum, float64 [total]; taken once."""
         if self._mean is None:
-            with one_thread():
+            with self.spans.of("sum"), one_thread():
                 self._mean = dequantise(self.piece.sums, self.total, self.exponents) / self.config.averaged
         return self._mean
 

@@ -29,7 +29,9 @@ from metadist.runtime.mailbox import Ended, Mailbox
 from metadist.runtime.rank import Rank, Stepped
 from metadist.runtime.runtime import AggregatorLost, Counts, Later, NotFinite, Say
 from metadist.runtime.stops import next_stop
+from metadist.runtime.timeline import AGGREGATOR, Timeline
 from metadist.runtime.worker import Introduction, Worker
+from metadist.spans import now
 
 WAITING = 10.0
 """Seconds between two lines about what is waited for."""
@@ -42,6 +44,9 @@ SILENCE = 300
 
 AHEAD = 16
 """Reports that the first rank sends without hearing that they arrived."""
+
+FIRST = "rank 0"
+"""The rank whose time is told; the others are its equals."""
 
 PLACEMENTS = {"any": "PACK", "spread": "SPREAD", "pack": "PACK"}
 
@@ -176,6 +181,9 @@ class AllReduce:
         self.workers = 0
         self._shards: dict[str, int] = {}
         self._recomputed = 0
+        self._mark = now()
+        self.timeline = Timeline(lambda: self._mark)
+        self.timeline.join(FIRST)
         self._mailbox: Any = None
         try:
             check_resources(self.ray, config.cluster)
@@ -315,12 +323,20 @@ class AllReduce:
                 self._coming = self._mailbox.reports.remote()
             if self.ray.wait([self._coming], timeout=POLL)[0]:
                 coming, self._coming = self._coming, None
-                self._reports.extend(self._got(coming))
+                self._take(self._got(coming))
         first = self._reports[0]
         if isinstance(first, Unusable):
             raise NotFinite(first.step, first.shard)
         if first.report.step != step:
             raise AggregatorLost(f"step {step}: the group is at step {first.report.step}")
+
+    def _take(self, came: Sequence[Stepped | Unusable]) -> None:
+        self._reports.extend(came)
+        for one in came:
+            if isinstance(one, Stepped):
+                self.timeline.add(FIRST, one.spans)
+                self.timeline.add(AGGREGATOR, one.report.spans)
+                self._mark = max(span.end for span in one.report.spans)  # what it does now is not told yet
 
     def apply(self, step: int) -> Later:
         found = self._reports.popleft()

@@ -22,6 +22,7 @@ from metadist.runtime.judging import judge
 from metadist.runtime.ledger import Call, Ledger, as_array, from_array, mean_of
 from metadist.runtime.pool import Came, Item, Pool, Shard
 from metadist.runtime.runtime import AggregatorLost, Counts, Later, NotFinite, Say
+from metadist.runtime.timeline import AGGREGATOR
 from metadist.runtime.worker import Floats
 
 
@@ -43,9 +44,11 @@ class Asynchronous:
         self.step, self.earlier = snapshot.step if snapshot else 0, list[Report]()
         self.ray, self._ours = connect(config.cluster)
         self.pool = Pool(self.ray, config, [str(table.path) for table in tables], say, self._left)
+        self.timeline = self.pool.timeline
         self._blueprint = blueprint(config, tables)
         self._shards: Counter[str] = Counter()
         self._recomputed = self._damaged = 0
+        self._late: float | None = None
         try:
             check_resources(self.ray, config.cluster)
             self._start(snapshot)
@@ -131,8 +134,12 @@ class Asynchronous:
             self._decide()
 
     def apply(self, step: int) -> Later:
-        self._ledger.advance()
-        report = self._parameters.move(mean_of(self._taken, self.config.task.meta_batch))
+        taken = self._ledger.advance()
+        self._late = sum(entry.step - entry.version for entry in taken) / len(taken)
+        with self._parameters.spans.of("sum"):
+            mean = mean_of(self._taken, self.config.task.meta_batch)
+        report = self._parameters.move(mean)
+        self.timeline.add(AGGREGATOR, report.spans)
         self._taken = []
         self._broadcast()
         return lambda: report
@@ -157,7 +164,7 @@ class Asynchronous:
 
     def counts(self) -> Counts:
         there = self.pool.by_process(self._shards)
-        return Counts(there, self._recomputed + self._damaged, self._ledger.dropped + self._damaged)
+        return Counts(there, self._recomputed + self._damaged, self._ledger.dropped + self._damaged, self._late)
 
     def close(self) -> None:
         self.pool.close()

@@ -14,6 +14,7 @@ from metadist.runtime import preemption
 from metadist.runtime.aggregator import Aggregator, Broadcast, Report, Snapshot
 from metadist.runtime.lanes import Lanes, carried
 from metadist.runtime.runtime import Counts, Later, NotFinite
+from metadist.runtime.timeline import AGGREGATOR, PROCESS, Timeline
 from metadist.runtime.worker import Introduction, Worker
 
 
@@ -53,6 +54,8 @@ class InProcess:
         self._broadcast: Broadcast = self.aggregator.broadcast()
         self._computed = 0
         self._recomputed = 0
+        self.timeline = Timeline()
+        self.timeline.join(PROCESS)
 
     def _aggregator(self, snapshot: Snapshot | None) -> Aggregator:
         tasks = self.worker.engine.tasks
@@ -75,6 +78,7 @@ class InProcess:
         attempt = self._broadcast.attempt
         receipt, q, *lanes = self.worker.compute(self._broadcast, step, attempt, shards, *self._lanes.of(shards))
         assert receipt.current, "worker and aggregator are of one step here"
+        self.timeline.add(PROCESS, receipt.spans)
         if receipt.summed:
             self.aggregator.add(step, attempt, receipt.summed, q)
             self._computed += len(receipt.summed)
@@ -90,6 +94,7 @@ class InProcess:
     def apply(self, step: int) -> Later:
         report, self._broadcast = self.aggregator.apply(step)
         assert not report.missing, "every shard was counted"
+        self.timeline.add(AGGREGATOR, report.spans)
         self._lanes.advance()
         self._lanes.settle()
         return lambda: report

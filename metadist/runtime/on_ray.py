@@ -24,6 +24,7 @@ from metadist.runtime.judging import judge
 from metadist.runtime.lanes import Lanes, carried
 from metadist.runtime.pool import Came, Item, Pool, Shard
 from metadist.runtime.runtime import AggregatorLost, Counts, Later, NotFinite, Say
+from metadist.runtime.timeline import AGGREGATOR
 from metadist.runtime.worker import Receipt
 
 
@@ -39,6 +40,7 @@ class OnRay:
         self.step, self.earlier = snapshot.step if snapshot else 0, list[Report]()
         self.ray, self._ours = connect(config.cluster)
         self.pool = Pool(self.ray, config, [str(table.path) for table in tables], say, self._left, self._near)
+        self.timeline = self.pool.timeline
         self._shards: Counter[str] = Counter()
         self._failures: dict[Item, int] = {}
         self._at: dict[int, str] = {}
@@ -178,6 +180,7 @@ class OnRay:
             if report.missing:
                 report = self._mended(step, attempt, report.missing)
             self._lanes.settle()
+            self.timeline.add(AGGREGATOR, report.spans)
             self._duplicates += report.duplicates
             return report
 

@@ -17,11 +17,16 @@ from metadist.runtime import worker
 from metadist.runtime.cluster import first_line, free, reserved, room
 from metadist.runtime.dispatcher import Dispatcher
 from metadist.runtime.runtime import AggregatorLost, Say
-from metadist.runtime.worker import Introduction
+from metadist.runtime.timeline import Timeline
+from metadist.runtime.worker import Floats, Introduction, Receipt
+from metadist.spans import now
 from metadist.tracking.log import concerning
 
 WAITING = 10.0
 """Seconds between two lines about what is waited for, and those for workers that the run can begin without."""
+
+LONGEST = 60.0
+"""Seconds that an open call holds up the account of where the time went."""
 
 MOST_DEATHS_IN_A_ROW = 5
 """Workers that may die one after the other before any of them finishes anything."""
@@ -47,11 +52,12 @@ Item = Shard | Judgement
 
 
 class Asked(NamedTuple):
-    """A call that a worker has not answered yet; sent: what of its results does not come here."""
+    """A call that a worker has not answered yet; sent: what of its results does not come here; at: since when."""
 
     worker: str
     items: tuple[Item, ...]
     sent: Sequence[Any]
+    at: float
 
 
 class Came(NamedTuple):
@@ -99,6 +105,7 @@ class Pool:
         self.places: dict[str, str] = {}
         self.fingerprint: dict[str, str] = {}
         self.hardware: dict[str, Any] = {}
+        self.timeline = Timeline(self._mark)
         self._leave = leave
         self._arriving: dict[Any, str] = {}
         self._born = self._deaths = 0
@@ -209,6 +216,7 @@ class Pool:
         here = introduction.host == socket.gethostname()
         self.called[name] = f"{introduction.pid}" if here else f"{introduction.pid}@{introduction.host}"
         self.dispatcher.join(name)
+        self.timeline.join(self.called[name])
         if self._complete:
             with concerning(self.places[name]):
                 self.say(f"worker {self.called[name]} joined; {self.size} workers now")
@@ -229,6 +237,7 @@ class Pool:
             return
         del self.actors[name]
         self._leave_place(name)
+        self.timeline.leave(self.called.get(name, name))
         again = self._leave(name)
         self.asked = {ref: asked for ref, asked in self.asked.items() if asked.worker != name}
         self._deaths += 1
@@ -243,7 +252,11 @@ class Pool:
 
     def expect(self, ref: Any, worker: str, items: tuple[Item, ...], sent: Sequence[Any] = ()) -> None:
         """A worker was called; its answer will come in by `events`."""
-        self.asked[ref] = Asked(worker, items, sent)
+        self.asked[ref] = Asked(worker, items, sent, now())
+
+    def _mark(self) -> float:
+        """By then everything that was asked is answered."""
+        return max(now() - LONGEST, min((asked.at for asked in self.asked.values()), default=now()))
 
     def forget(self) -> None:
         """Whatever is open or asked for: no answer to it counts."""
@@ -284,5 +297,7 @@ class Pool:
                 self._arrived(name, *value)
             else:
                 came.append(Came(name, asked.items, value, asked.sent))
+                if isinstance(value, Receipt | Floats):
+                    self.timeline.call(self.called[name], asked.at, value.spans, now())
                 self._deaths = 0
         return came

@@ -17,18 +17,21 @@ from metadist.engine.sweep import Setting
 from metadist.runtime.aggregator import Aggregator, Report, Snapshot
 from metadist.runtime.runtime import NotFinite
 from metadist.runtime.worker import Worker
+from metadist.spans import Span, now
 
 AddUp = Callable[[np.ndarray], np.ndarray]
 """int64 [n] of this rank → their sum over all ranks, the same on each."""
 
 
 class Stepped(NamedTuple):
-    """A step that was taken. shards: by rank; recomputed: shards computed more than once; halted: some rank asked."""
+    """A step that was taken. shards: by rank; recomputed: shards computed more than once; halted: some rank asked;
+    spans: where this rank's time went, that of its outer step aside."""
 
     report: Report
     shards: tuple[int, ...]
     recomputed: int
     halted: bool
+    spans: tuple[Span, ...] = ()
 
 
 class Summed(NamedTuple):
@@ -50,6 +53,7 @@ class Rank:
         tasks = worker.engine.tasks
         self.aggregator = Aggregator(config, tasks.shape, snapshot, tasks.classes)
         self._broadcast = self.aggregator.broadcast()
+        self._spans: list[Span] = []
 
     def step(self, halt: bool = False) -> Stepped:
         """Take the next step. Raises NotFinite, on all ranks alike, with the state as it was before."""
@@ -79,7 +83,8 @@ class Rank:
             self.aggregator.add(step, self.aggregator.attempt, good, q)
         report, self._broadcast = self.aggregator.apply(step)
         assert not report.missing, "every shard was counted"
-        return Stepped(report, tuple(counted[rank] for rank in range(self.world)), recomputed, halted)
+        spans, self._spans = tuple(self._spans), []
+        return Stepped(report, tuple(counted[rank] for rank in range(self.world)), recomputed, halted, spans)
 
     def judge(
         self, values: np.ndarray | None, judged: Setting, split: str, episodes: int
@@ -105,7 +110,9 @@ class Rank:
         exceeding[list(receipt.exceeding)] = 1
         not_finite[list(receipt.not_finite)] = 1
         halted[:] = halt
+        asked = now()
         added = self._add_up(buffer)
+        self._spans += [*receipt.spans, Span("transfer", asked, now())]
         sums, exceeding, not_finite, halted = np.split(added, np.cumsum([total, tensors, self.worker.engine.shards]))
         return Summed(
             sums,

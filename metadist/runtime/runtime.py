@@ -8,6 +8,7 @@ import numpy as np
 from metadist.engine.sweep import Setting
 from metadist.errors import MetadistError
 from metadist.runtime.aggregator import Report, Snapshot
+from metadist.runtime.timeline import Timeline
 
 Later = Callable[[], Report]
 """A report that may still be on its way; calling it waits."""
@@ -36,12 +37,14 @@ class Counts(NamedTuple):
     """What happened so far, for progress and result.
 
     shards: by worker, as `PID` on the driver's host, `PID@HOST` on others; recomputed: shards
-    computed more than once; duplicates: results dropped.
+    computed more than once; duplicates: results dropped; staleness: of async, how many outer steps
+    the newest one's gradients were late, their mean.
     """
 
     shards: dict[str, int]
     recomputed: int
     duplicates: int
+    staleness: float | None = None
 
 
 class Runtime(Protocol):
@@ -49,12 +52,13 @@ class Runtime(Protocol):
 
     step: the first to take; earlier: reports of steps since the checkpoint that need not be taken again, because
     the aggregator outlived the driver that took them; exact: whether its bits are those of any other that computes
-    the same config.
+    the same config; timeline: where the workers' and the aggregator's time goes.
     """
 
     step: int
     earlier: list[Report]
     exact: bool
+    timeline: Timeline
 
     def begin(self, step: int) -> None:
         """Let the workers start on a step; returns at once."""

@@ -12,10 +12,12 @@ from metadist.measure import MEASURES
 from metadist.runtime.aggregator import Report, Snapshot
 from metadist.runtime.checkpoint import Best, newest_good, prune, save_checkpoint
 from metadist.runtime.journal import Journal
+from metadist.runtime.meters import Meters
 from metadist.runtime.preemption import Preempted
 from metadist.runtime.run_folder import RunFolder
 from metadist.runtime.runtime import AggregatorLost, Later, NotFinite, Runtime
 from metadist.runtime.stops import saves, validates
+from metadist.spans import Span, now
 from metadist.tracking.progress import Progress
 
 MOST_LOSSES = 5
@@ -48,13 +50,14 @@ class Trainer:
         folder: RunFolder,
         journal: Journal,
         display: Progress,
+        meters: Meters,
         best: Best | None,
         record: dict[str, Any],
         started: float | None = None,
         watch: Watch | None = None,
     ) -> None:
         self.config, self.runtime, self.folder = config, runtime, folder
-        self.journal, self.display, self.best, self.watch = journal, display, best, watch
+        self.journal, self.display, self.meters, self.best, self.watch = journal, display, meters, best, watch
         self.record = {
             "fingerprint": runtime.fingerprint,
             "reproducible": record.get("reproducible", True),
@@ -86,49 +89,54 @@ class Trainer:
         """Run meta-steps first … outer.steps−1; returns the final state. Raises Divergence."""
         step = first
         self.display.start(first)
+        self.meters.start(first)
         while True:
             try:
-                return self._steps(step)
+                last = self._steps(step)
+                self.meters.trained()
+                return last
             except AggregatorLost as lost:
                 step = self._go_back(lost)
             except Preempted as end:
                 raise self._kept(end) from None
 
     def _steps(self, first: int) -> Snapshot:
-        steps, tasks = self.config.outer.steps, self.config.step_tasks
+        steps = self.config.outer.steps
         report: Later | None = None
-        seconds = 0.0
+        seconds = mark = 0.0
         for step in range(first, steps):
             began = time.perf_counter()
             self.runtime.begin(step)
             if report is not None:  # the workers are busy with this step: time to tell of the one before
-                self._log(report(), seconds, tasks)
+                self._log(report(), seconds, mark)
             try:
                 self.runtime.finish(step)
             except NotFinite as problem:
                 self._stop(problem)
+            mark = self.runtime.timeline.mark()
             report = self.runtime.apply(step)
             done = step + 1
             validate, save = validates(self.config, done), saves(self.config, done)
             if validate or save:
                 told, report = report(), None
                 seconds = time.perf_counter() - began
-                self._log(told, seconds, tasks)
+                self._log(told, seconds, mark)
             seconds = time.perf_counter() - began
             self._training += seconds
             self._done_here += 1
             found = self._validate(done) if validate else None
             if save or (found is not None and found.better):
-                self._checkpoint(self.runtime.snapshot())
+                with self.runtime.timeline.driver.of("checkpoint"):
+                    self._checkpoint(self.runtime.snapshot())
             if found is not None and self.watch is not None:  # last of all: what it decides on is complete
                 self.watch(done, found.score)
         self.journal.flush()  # an aggregator lost in the last checkpoint is found here, where it can be replaced
         return self.runtime.snapshot()()
 
-    def _log(self, report: Report, seconds: float, tasks: int) -> None:
+    def _log(self, report: Report, seconds: float, mark: float) -> None:
         if not report.finite:
             raise Divergence(f"step {report.step}: the meta-parameters are not finite after the outer step")
-        rate = tasks / seconds
+        rate = self.config.step_tasks / seconds
         self.journal.row(
             report.step + 1,
             loss=report.loss,
@@ -140,16 +148,19 @@ class Trainer:
             bytes=report.bytes,
         )
         self.display.step(report.step + 1, report.loss, report.score, rate, self.runtime.workers)
+        self.meters.step(report, seconds, mark)
 
     def _validate(self, done: int) -> Validation:
         """Judge the state on meta-validation."""
         setting = validation_settings(self.config, done)
-        found: Score = score(self.runtime.judge(None, setting, "val", self.config.eval.val_episodes)["score"])
+        with self.runtime.timeline.driver.of("validation"):
+            found: Score = score(self.runtime.judge(None, setting, "val", self.config.eval.val_episodes)["score"])
         better = self.best is None or self.measure.better(found.mean, self.best.score)
         if better:
             self.best = Best(done, found.mean, found.ci95)
         self.journal.row(done, **{f"val_{self.measure.name}": found.mean}, val_ci95=found.ci95)
         self.display.validation(done, found.mean, found.ci95, better)
+        self.meters.validation(found.mean)
         return Validation(found, better)
 
     def _checkpoint(self, later: Callable[[], Snapshot]) -> None:
@@ -157,8 +168,9 @@ class Trainer:
         folder, keep = self.folder.checkpoints, self.config.checkpoint.keep
 
         def save() -> None:
-            snapshot = later()
+            began, snapshot = now(), later()
             save_checkpoint(folder, snapshot, best, record)
+            self.meters.checkpoint(Span("checkpoint", began, now()))
             prune(folder, keep, best, snapshot.step)
 
         self.journal.later(save)

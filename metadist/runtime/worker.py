@@ -26,6 +26,7 @@ from metadist.engine.hardware import hardware
 from metadist.engine.sweep import Setting
 from metadist.runtime.aggregator import Broadcast, sealed
 from metadist.runtime.cut import assembled, cut, gathered_exponents
+from metadist.spans import Span
 
 
 class Introduction(NamedTuple):
@@ -45,7 +46,7 @@ class Receipt(NamedTuple):
     summed: the shards in the sum; not_finite: those that have no sum; exceeding: the tensors
     in which some shard is beyond the bound of the exact sum (it is not in the sum either);
     current: whether the parameters were those of the step; seals: of the sum's parts, by which
-    the aggregators know them.
+    the aggregators know them; spans: where the worker's time went.
     """
 
     pid: int
@@ -54,14 +55,16 @@ class Receipt(NamedTuple):
     exceeding: tuple[int, ...]
     current: bool
     seals: tuple[int, ...]
+    spans: tuple[Span, ...] = ()
 
 
 class Floats(NamedTuple):
-    """One shard's float sums [total], from whom, and their seal."""
+    """One shard's float sums [total], from whom, their seal, and where the worker's time went."""
 
     pid: int
     sums: np.ndarray
     seal: int
+    spans: tuple[Span, ...] = ()
 
 
 def open_tables(config: Config, paths: Sequence[str]) -> list[Table]:
@@ -98,6 +101,7 @@ class Worker:
         """Compute the probe shard, the first of the run at initial θ, and say who is here."""
         blueprint = self.engine.blueprint
         part = self.engine.part(blueprint.initial(), first_exponents(blueprint.sums), 0, 0)
+        self.engine.spans.take()  # of the probe
         probe = hashlib.sha256(part.q.astype("<i8").tobytes() + bytes([part.finite, part.fits])).hexdigest()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         gpus = tuple(name for name in visible.split(",") if name)
@@ -120,22 +124,25 @@ class Worker:
         none = np.zeros(0, dtype=np.int64)
         if any((one.step, one.attempt) != (step, attempt) for one in broadcasts):
             return Receipt(os.getpid(), (), (), (), False, ()), *(none for _ in pieces), *lanes
-        values = assembled(pieces, [one.values for one in broadcasts], self.engine.blueprint.values.total)
-        exponents = gathered_exponents(pieces, [one.exponents for one in broadcasts])
         parts, after, summed, not_finite, exceeding = [], [], [], [], set[int]()
-        for shard, lane in zip(shards, lanes or [{}] * len(shards), strict=True):
-            part, carried = self.engine.sent(values, exponents, step, shard, lane)
-            if part.fits:
-                parts.append(part.q)
-                summed.append(shard)
-            elif not part.finite:
-                not_finite.append(shard)
-            exceeding.update(part.exceeding if part.finite else ())
-            after.append(carried)
-        total = self._together(parts)
-        sums = [none if total is None else piece.part(total, len(parts)) for piece in pieces]
+        with self.engine.spans.of("adapting"):
+            values = assembled(pieces, [one.values for one in broadcasts], self.engine.blueprint.values.total)
+            exponents = gathered_exponents(pieces, [one.exponents for one in broadcasts])
+            for shard, lane in zip(shards, lanes or [{}] * len(shards), strict=True):
+                part, carried = self.engine.sent(values, exponents, step, shard, lane)
+                if part.fits:
+                    parts.append(part.q)
+                    summed.append(shard)
+                elif not part.finite:
+                    not_finite.append(shard)
+                exceeding.update(part.exceeding if part.finite else ())
+                after.append(carried)
+        with self.engine.spans.of("sum"):
+            total = self._together(parts)
+            sums = [none if total is None else piece.part(total, len(parts)) for piece in pieces]
+            seals = tuple(sealed(one) for one in sums)
         wrong = tuple(not_finite), tuple(sorted(exceeding))
-        receipt = Receipt(os.getpid(), tuple(summed), *wrong, True, tuple(sealed(one) for one in sums))
+        receipt = Receipt(os.getpid(), tuple(summed), *wrong, True, seals, self.engine.spans.take())
         return receipt, *sums, *after[: len(lanes)]
 
     def _together(self, parts: list[np.ndarray]) -> np.ndarray | None:
@@ -145,8 +152,11 @@ class Worker:
 
     def sums(self, broadcast: Broadcast, step: int, shard: int) -> Floats:
         """One shard's float sums from whatever version of θ it is handed."""
-        found = self.engine.flat(broadcast.values, step, shard)
-        return Floats(os.getpid(), found, sealed(found))
+        with self.engine.spans.of("adapting"):
+            found = self.engine.flat(broadcast.values, step, shard)
+        with self.engine.spans.of("sum"):
+            seal = sealed(found)
+        return Floats(os.getpid(), found, seal, self.engine.spans.take())
 
     def judge(self, values: np.ndarray, judged: Setting, split: str, first: int, tasks: int) -> dict[str, np.ndarray]:
         """Accuracy and loss of evaluation tasks first … first+tasks−1."""

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from metadist.measure import ACCURACY, MSE, NORMALISATION, Measure
+from metadist.tracking.profile import table
 from metadist.tracking.progress import duration
 
 
@@ -22,6 +23,8 @@ def print_tests(console: Console, found: Mapping[str, Any]) -> None:
 def print_result(console: Console, result: Mapping[str, Any], run_dir: Path) -> None:
     """The accuracies in percent, what was computed how fast, and where the files are."""
     print_tests(console, result)
+    if "profile" in result:
+        console.print(table(result["profile"]))
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim")
     facts.add_column(overflow="fold")
