@@ -9,9 +9,11 @@ W(x, g), the one towards w, every derivative of the three is one of the three ag
 
 so that gradients of any order are exact, cost a matrix product each and need no stored
 patches. With a task axis, tasks that share their weights are just more images of one
-product; tasks with weights of their own are a batched product. Images are channels-last,
-so that the pixels of a window's row lie side by side. (The grouped convolution that
-`vmap` makes of `conv2d` runs at about two thirds of this speed on a CPU.)
+convolution. For tasks with weights of their own there are two ways, chosen by shape: few
+rows a task are batched products of gathered patches; many, on a CPU, are a convolution of
+oneDNN's for each task, which gathers nothing. Images are channels-last, so that the pixels
+of a window's row lie side by side. (The grouped convolution that `vmap` makes of `conv2d`
+is slower than either.)
 """
 
 import inspect
@@ -94,14 +96,111 @@ def _both_with_tasks(a: Tensor, in_a: int | None, b: Tensor, in_b: int | None, s
     return (a.flatten(0, 1), b.flatten(0, 1)) if a.ndim > 5 else (a, b)
 
 
+MANY_ROWS = 256
+"""From so many positions of all images that share a weight on, a CPU convolves by oneDNN."""
+
+
+class Windows:
+    """Images [n, height, width, in] or [tasks, n, height, width, in] under a stride; gathered once, if at all."""
+
+    def __init__(self, x: Tensor, stride: int) -> None:
+        self.x, self.stride = x, stride
+        self.rows, self.columns = _positions(x.shape[-3], stride), _positions(x.shape[-2], stride)
+        self._gathered: Tensor | None = None
+
+    @property
+    def gathered(self) -> Tensor:
+        """[…, n · positions, 9 · in]."""
+        if self._gathered is None:
+            self._gathered = _patches(self.x, self.stride)
+        return self._gathered
+
+
+def forwards(windows: Windows, weight: Tensor) -> Tensor:
+    """C(x, w). weight: [3, 3, in, out], of all tasks, or [tasks, 3, 3, in, out]; nothing is recorded for autograd."""
+    x, stride = windows.x, windows.stride
+    shape = (*x.shape[:-3], windows.rows, windows.columns, weight.shape[-1])
+    if _by_library(x, _images(x, weight) * windows.rows * windows.columns):
+        if weight.ndim == 4:
+            return _nhwc(F.conv2d(_nchw(x.flatten(0, -4)), _oihw(weight), stride=stride, padding=1)).view(shape)
+        out = x.new_empty(shape)
+        for task in range(x.shape[0]):
+            out[task] = _nhwc(F.conv2d(_nchw(x[task]), _oihw(weight[task]), stride=stride, padding=1))
+        return out
+    return (windows.gathered @ weight.flatten(-4, -2)).view(shape)
+
+
+def to_images(grad: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
+    """X(g, w), likewise."""
+    shape = (*grad.shape[:-3], height, width, weight.shape[-2])
+    if _by_library(grad, _images(grad, weight) * grad.shape[-3] * grad.shape[-2]):
+        if weight.ndim == 4:
+            return _backwards(grad.flatten(0, -4), None, weight, shape[-3:], stride).view(shape)
+        out = grad.new_empty(shape)
+        for task in range(grad.shape[0]):
+            out[task] = _backwards(grad[task], None, weight[task], shape[-3:], stride)
+        return out
+    flat = grad.reshape(*grad.shape[:-4], -1, grad.shape[-1])
+    taken = flat @ weight.flatten(-4, -2).transpose(-1, -2)
+    return _scatter(taken.view(-1, *grad.shape[-3:-1], taken.shape[-1]), height, width, stride).view(shape)
+
+
+def to_weight(windows: Windows, grad: Tensor, together: bool = False) -> Tensor:
+    """W(x, g), of each task, or summed over them: `together`."""
+    x, stride = windows.x, windows.stride
+    shape = (3, 3, x.shape[-1], grad.shape[-1])
+    if together or x.ndim == 4:
+        if _by_library(grad, grad.shape[:-1].numel()):
+            some = x.new_empty(shape)
+            return _backwards(grad.flatten(0, -4), x.flatten(0, -4), some, shape, stride)
+        return (windows.gathered.flatten(0, -2).T @ grad.flatten(0, -2)).view(shape)
+    if _by_library(grad, grad.shape[1:-1].numel()):
+        some, out = x.new_empty(shape), x.new_empty(x.shape[0], *shape)
+        for task in range(x.shape[0]):
+            out[task] = _backwards(grad[task], x[task], some, shape, stride)
+        return out
+    flat = grad.reshape(*grad.shape[:-4], -1, grad.shape[-1])
+    return (windows.gathered.transpose(-1, -2) @ flat).view(*x.shape[:-4], *shape)
+
+
+def _images(x: Tensor, weight: Tensor) -> int:
+    """How many share a weight."""
+    return x.shape[:-3].numel() if weight.ndim == 4 else x.shape[1]
+
+
+def _by_library(x: Tensor, rows: int) -> bool:
+    """Whether oneDNN is the faster of the two; rows: positions of all images that share a weight."""
+    return x.device.type == "cpu" and rows >= MANY_ROWS
+
+
+def _backwards(grad: Tensor, x: Tensor | None, weight: Tensor, shape: tuple[int, ...], stride: int) -> Tensor:
+    """One derivative of conv2d in our layouts: towards the weight where x is given, else towards images of a shape."""
+    images = x if x is not None else grad.new_empty(grad.shape[0], *shape)
+    wanted = [x is None, x is not None, False]
+    found = torch.ops.aten.convolution_backward(
+        _nchw(grad), _nchw(images), _oihw(weight), None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, wanted
+    )
+    return found[1].permute(2, 3, 1, 0) if x is not None else _nhwc(found[0])
+
+
+def _nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _oihw(weight: Tensor) -> Tensor:
+    return weight.permute(3, 2, 0, 1)
+
+
 class _Convolution(torch.autograd.Function):
     """C(x, w)."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, stride: int) -> Tensor:  # type: ignore[override]
-        rows, columns = _positions(x.shape[-3], stride), _positions(x.shape[-2], stride)
-        out = _patches(x, stride) @ weight.flatten(-4, -2)
-        return out.view(*x.shape[:-3], rows, columns, weight.shape[-1])
+        return forwards(Windows(x, stride), weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -132,10 +231,7 @@ class _ToImages(torch.autograd.Function):
 
     @staticmethod
     def forward(grad: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:  # type: ignore[override]
-        flat = grad.reshape(*grad.shape[:-4], -1, grad.shape[-1])
-        patches = flat @ weight.flatten(-4, -2).transpose(-1, -2)
-        patches = patches.view(-1, *grad.shape[-3:-1], patches.shape[-1])
-        return _scatter(patches, height, width, stride).view(*grad.shape[:-3], height, width, weight.shape[-2])
+        return to_images(grad, weight, height, width, stride)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -171,9 +267,7 @@ class _ToWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, grad: Tensor, stride: int) -> Tensor:  # type: ignore[override]
-        flat = grad.reshape(*grad.shape[:-4], -1, grad.shape[-1])
-        weight = _patches(x, stride).transpose(-1, -2) @ flat
-        return weight.view(*x.shape[:-4], 3, 3, x.shape[-1], grad.shape[-1])
+        return to_weight(Windows(x, stride), grad).contiguous()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
