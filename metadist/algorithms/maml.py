@@ -88,7 +88,8 @@ class MAML:
         network = self.closed_form
         assert network is not None
         images, support_y = network.images(episodes.support.x), episodes.support.y
-        fast, walked = theta, []
+        start = fast = network.laid_out(theta)
+        walked = []
         for _ in range(self.inner_steps):
             walked.append(network.gradient(fast, images, support_y))
             fast = {name: fast[name] - self.inner_lr * g for name, g in walked[-1].gradient.items()}
@@ -99,7 +100,7 @@ class MAML:
             product = network.product(walked[k].record, back, together=k == 0)
             back = {name: (g if k else g.sum(0)) - self.inner_lr * product[name] for name, g in back.items()}
         if self.support_loss_weight:
-            before = walked[0] if walked else network.gradient(theta, images, support_y)
+            before = walked[0] if walked else network.gradient(start, images, support_y)
             loss = loss + self.support_loss_weight * before.loss
             back = {name: g + self.support_loss_weight * before.gradient[name].sum(0) for name, g in back.items()}
         return {name: back[name] for name in theta}, Outcome(

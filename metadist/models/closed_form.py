@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metadist.models.conv4 import BLOCKS, FEW_CHANNELS, Conv4
-from metadist.models.convolution import Windows, forwards, patches, to_images, to_weight
+from metadist.models.convolution import Windows, forwards, laid_out, patches, to_images, to_weight
 from metadist.models.network import Network, Params, Statistics
 from metadist.models.norm import EPSILON
 
@@ -63,12 +63,6 @@ class Images(NamedTuple):
     phases: int
 
 
-class Pooled(NamedTuple):
-    """Which pixels passed maximum and ReLU: 1 or 0, [tasks, phases, …, width]."""
-
-    masks: Tensor
-
-
 @dataclass
 class FirstTape:
     """What the first block's gradient leaves for its tangent."""
@@ -91,7 +85,7 @@ class Tape:
     scale: Tensor
     r: Tensor
     centred: Tensor
-    masks: Tensor
+    masks: list[Tensor]
     to_normal: Tensor | None = None
     sums: tuple[Tensor, Tensor] | None = None
     to_y: Tensor | None = None
@@ -132,6 +126,10 @@ class ClosedForm:
         tallest = n * height * width * self.width * x.element_size() // (4 if self.strided else 1)
         return min(tasks, max(1, CACHE // tallest))
 
+    def laid_out(self, params: Params) -> dict[str, Tensor]:
+        """The same parameters in the layout that gradients have."""
+        return {name: laid_out(value) if value.ndim == 4 else value for name, value in params.items()}
+
     def images(self, x: Tensor) -> Images:
         """x: [tasks, n, channels, height, width]."""
         tasks, n = x.shape[:2]
@@ -145,7 +143,7 @@ class ClosedForm:
         if not self.strided:
             # An odd last row or column is in the statistics, and in no window.
             height, width, phases = height // 2, width // 2, 4
-            taken = taken[:, :, : 2 * height, : 2 * width].unflatten(3, (width, 2)).unflatten(2, (height, 2))
+            taken = taken[:, :, : 2 * height, : 2 * width].reshape(tasks, n, height, 2, width, 2, depth)
             taken = taken.permute(0, 3, 5, 1, 2, 4, 6)
         rows = taken.new_ones(tasks, phases * n * height * width, depth + 1)
         rows[..., :depth] = taken.reshape(tasks, -1, depth)
@@ -225,9 +223,8 @@ class ClosedForm:
         r = torch.rsqrt(variance + EPSILON)
         extended = torch.cat([kernel * (scale * r), shift.expand(r.shape)], 1)
         y = (images.rows @ extended).view(r.shape[0], images.phases, -1, r.shape[-1])
-        masks = torch.empty_like(y)
-        out = _pool([y[:, q] for q in range(images.phases)], [masks[:, q] for q in range(images.phases)])
-        return FirstTape(images, kernel, scale, r, moved, masks), out.view(*images.grid, -1)
+        out = _pool([y[:, q] for q in range(images.phases)])
+        return FirstTape(images, kernel, scale, r, moved, y), out.view(*images.grid, -1)
 
     def _first_back(self, tape: FirstTape, to_x: Tensor, into: dict[str, Tensor], together: bool) -> None:
         to_extended = tape.to_extended = self._to_extended(tape, to_x)
@@ -285,9 +282,8 @@ class ClosedForm:
         statistics[f"{name}.norm.mean"], statistics[f"{name}.norm.variance"] = mean[:, 0], variance[:, 0]
         r = torch.rsqrt(variance + EPSILON)
         normal = torch.addcmul(shift, centred, scale * r).view(shape)
-        views = self._views(normal)
-        masks = normal.new_empty(len(views), *views[0].shape)
-        out = _pool(views, list(masks))
+        masks = self._views(normal)
+        out = _pool(masks)
         return Tape(windows, weight, scale, r, centred.view(shape), masks), out
 
     def _block_back(self, name: str, tape: Tape, to_x: Tensor, into: dict[str, Tensor], together: bool) -> Tensor:
@@ -301,7 +297,7 @@ class ClosedForm:
         tape.to_y = to_y.view(tape.centred.shape)
         _put(into, {f"{name}.norm.scale": (along * r)[:, 0], f"{name}.norm.shift": total[:, 0]}, together)
         into[f"{name}.weight"] = to_weight(tape.windows, tape.to_y, together)
-        return to_images(tape.to_y, tape.weight, *tape.windows.x.shape[2:4], tape.windows.stride)
+        return to_images(tape.to_y, tape.weight, *_size(tape), tape.windows.stride)
 
     def _block_tangent(
         self, name: str, tape: Tape, t_x: Tensor, v: Mapping[str, Tensor]
@@ -330,7 +326,8 @@ class ClosedForm:
         into: dict[str, Tensor],
         together: bool,
     ) -> Tensor:
-        assert tape.to_normal is not None and tape.to_y is not None and tape.sums is not None
+        assert tape.to_normal is not None and tape.to_y is not None
+        assert tape.sums is not None
         t_windows, t_centred, t_r = carried
         n, centred, to_normal = t_centred.shape[1], tape.centred.flatten(1, 3), tape.to_normal
         scale, r, t_scale = tape.scale, tape.r, _row(v[f"{name}.norm.scale"])
@@ -347,7 +344,7 @@ class ClosedForm:
         _put(into, norm, together)
         weight = to_weight(tape.windows, t_to_y, together)
         into[f"{name}.weight"] = weight.add_(to_weight(t_windows, tape.to_y, together))
-        size, stride = tape.windows.x.shape[2:4], tape.windows.stride
+        size, stride = _size(tape), tape.windows.stride
         return to_images(t_to_y, tape.weight, *size, stride).add_(
             to_images(tape.to_y, v[f"{name}.weight"], *size, stride)
         )
@@ -370,20 +367,28 @@ class ClosedForm:
         return out
 
 
-def _pool(views: list[Tensor], masks: list[Tensor]) -> Tensor:
-    """ReLU of the largest; of equal ones the first passes. masks: written."""
+def _pool(views: list[Tensor]) -> Tensor:
+    """ReLU of the largest of the pixels of a window.
+
+    They themselves become the masks of what passed, 1 or 0; of equal ones the first passes.
+    """
     if len(views) == 1:
         out = torch.relu(views[0])
-        masks[0].copy_(out > 0)
+        torch.sign(out, out=views[0])
         return out
     out = torch.maximum(torch.maximum(views[0], views[1]), torch.maximum(views[2], views[3]))
-    free = out > 0
-    for number, (view, mask) in enumerate(zip(views, masks, strict=True)):
-        mine = (view == out).logical_and_(free) if number < 3 else free
-        mask.copy_(mine)
-        if number < 3:
-            free = free.logical_xor_(mine)
-    return out.relu_()
+    for view in views:
+        view.eq_(out)
+    free = torch.sign(out.relu_())
+    for view in views:
+        free.sub_(view.mul_(free))
+    return out
+
+
+def _size(tape: Tape) -> tuple[int, int]:
+    """Height and width of the inputs."""
+    _, _, height, width, _ = tape.windows.x.shape
+    return height, width
 
 
 def _row(value: Tensor) -> Tensor:

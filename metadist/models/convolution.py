@@ -120,47 +120,53 @@ def forwards(windows: Windows, weight: Tensor) -> Tensor:
     """C(x, w). weight: [3, 3, in, out], of all tasks, or [tasks, 3, 3, in, out]; nothing is recorded for autograd."""
     x, stride = windows.x, windows.stride
     shape = (*x.shape[:-3], windows.rows, windows.columns, weight.shape[-1])
-    if _by_library(x, _images(x, weight) * windows.rows * windows.columns):
-        if weight.ndim == 4:
-            return _nhwc(F.conv2d(_nchw(x.flatten(0, -4)), _oihw(weight), stride=stride, padding=1)).view(shape)
-        out = x.new_empty(shape)
-        for task in range(x.shape[0]):
-            out[task] = _nhwc(F.conv2d(_nchw(x[task]), _oihw(weight[task]), stride=stride, padding=1))
-        return out
-    return (windows.gathered @ weight.flatten(-4, -2)).view(shape)
+    if not _by_library(x, _images(x, weight) * windows.rows * windows.columns):
+        return (windows.gathered @ weight.flatten(-4, -2)).view(shape)
+    if weight.ndim == 4:
+        return _convolved(x.flatten(0, -4), weight, stride).view(shape)
+    return _each([_convolved(*one, stride) for one in zip(x, weight, strict=True)])
 
 
 def to_images(grad: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
     """X(g, w), likewise."""
-    shape = (*grad.shape[:-3], height, width, weight.shape[-2])
-    if _by_library(grad, _images(grad, weight) * grad.shape[-3] * grad.shape[-2]):
-        if weight.ndim == 4:
-            return _backwards(grad.flatten(0, -4), None, weight, shape[-3:], stride).view(shape)
-        out = grad.new_empty(shape)
-        for task in range(grad.shape[0]):
-            out[task] = _backwards(grad[task], None, weight[task], shape[-3:], stride)
-        return out
-    flat = grad.reshape(*grad.shape[:-4], -1, grad.shape[-1])
-    taken = flat @ weight.flatten(-4, -2).transpose(-1, -2)
-    return _scatter(taken.view(-1, *grad.shape[-3:-1], taken.shape[-1]), height, width, stride).view(shape)
+    shape = (height, width, weight.shape[-2])
+    if not _by_library(grad, _images(grad, weight) * grad.shape[-3] * grad.shape[-2]):
+        flat = grad.reshape(*grad.shape[:-4], -1, grad.shape[-1])
+        taken = flat @ weight.flatten(-4, -2).mT
+        taken = taken.view(-1, *grad.shape[-3:-1], taken.shape[-1])
+        return _scatter(taken, height, width, stride).view(*grad.shape[:-3], *shape)
+    if weight.ndim == 4:
+        return _towards_images(grad.flatten(0, -4), weight, shape, stride).view(*grad.shape[:-3], *shape)
+    return _each([_towards_images(*one, shape, stride) for one in zip(grad, weight, strict=True)])
 
 
 def to_weight(windows: Windows, grad: Tensor, together: bool = False) -> Tensor:
-    """W(x, g), of each task, or summed over them: `together`."""
+    """W(x, g), of each task, or summed over them: `together`; as `laid_out` lays a weight out."""
     x, stride = windows.x, windows.stride
-    shape = (3, 3, x.shape[-1], grad.shape[-1])
-    if together or x.ndim == 4:
-        if _by_library(grad, grad.shape[:-1].numel()):
-            some = x.new_empty(shape)
-            return _backwards(grad.flatten(0, -4), x.flatten(0, -4), some, shape, stride)
-        return (windows.gathered.flatten(0, -2).T @ grad.flatten(0, -2)).view(shape)
-    if _by_library(grad, grad.shape[1:-1].numel()):
-        some, out = x.new_empty(shape), x.new_empty(x.shape[0], *shape)
-        for task in range(x.shape[0]):
-            out[task] = _backwards(grad[task], x[task], some, shape, stride)
-        return out
-    flat = grad.reshape(*grad.shape[:-4], -1, grad.shape[-1])
-    return (windows.gathered.transpose(-1, -2) @ flat).view(*x.shape[:-4], *shape)
+    together = together or x.ndim == 4
+    if not _by_library(x, grad.shape[0 if together else 1 : -1].numel()):
+        gathered, flat = windows.gathered, grad.reshape(*grad.shape[:-4], -1, grad.shape[-1])
+        if together:
+            gathered, flat = gathered.flatten(0, -2), flat.flatten(0, -2)
+        weight = flat.mT @ gathered
+        return weight.view(*weight.shape[:-1], 3, 3, x.shape[-1]).movedim(-4, -1)
+    if together:
+        return _towards_weight(x.flatten(0, -4), grad.flatten(0, -4), stride)
+    return _each([_towards_weight(*one, stride) for one in zip(x, grad, strict=True)])
+
+
+def laid_out(weight: Tensor) -> Tensor:
+    """The same [3, 3, in, out] with out the slowest axis in memory, which oneDNN reads and writes as it is."""
+    return weight.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+
+
+def _each(tasks: list[Tensor]) -> Tensor:
+    """[tasks, …] of images, or of weights, whose slowest axis in memory is the last."""
+    if len(tasks) == 1:
+        return tasks[0][None]
+    if tasks[0].is_contiguous():
+        return torch.stack(tasks)
+    return torch.stack([weight.movedim(-1, 0) for weight in tasks]).movedim(1, -1)
 
 
 def _images(x: Tensor, weight: Tensor) -> int:
@@ -173,14 +179,26 @@ def _by_library(x: Tensor, rows: int) -> bool:
     return x.device.type == "cpu" and rows >= MANY_ROWS
 
 
-def _backwards(grad: Tensor, x: Tensor | None, weight: Tensor, shape: tuple[int, ...], stride: int) -> Tensor:
-    """One derivative of conv2d in our layouts: towards the weight where x is given, else towards images of a shape."""
-    images = x if x is not None else grad.new_empty(grad.shape[0], *shape)
-    wanted = [x is None, x is not None, False]
-    found = torch.ops.aten.convolution_backward(
-        _nchw(grad), _nchw(images), _oihw(weight), None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, wanted
+def _convolved(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    return _nhwc(F.conv2d(_nchw(x), _oihw(weight), stride=stride, padding=1))
+
+
+def _towards_images(grad: Tensor, weight: Tensor, shape: tuple[int, int, int], stride: int) -> Tensor:
+    some = grad.new_empty(grad.shape[0], *shape)
+    return _nhwc(_backwards(grad, some, weight, stride, [True, False, False])[0])
+
+
+def _towards_weight(x: Tensor, grad: Tensor, stride: int) -> Tensor:
+    some = x.new_empty(grad.shape[-1], 3, 3, x.shape[-1]).movedim(0, -1)
+    return _backwards(grad, x, some, stride, [False, True, False])[1].permute(2, 3, 1, 0)
+
+
+def _backwards(grad: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: list[bool]) -> tuple[Tensor, ...]:
+    """conv2d's derivatives; only the shape and layout of what has its own derivative taken are read."""
+    found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+        _nchw(grad), _nchw(x), _oihw(weight), None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, wanted
     )
-    return found[1].permute(2, 3, 1, 0) if x is not None else _nhwc(found[0])
+    return found
 
 
 def _nchw(x: Tensor) -> Tensor:
