@@ -24,7 +24,7 @@ Judged = dict[str, Tensor]
 
 
 def vectorised(algorithm: Algorithm, theta: Theta, state: State, episodes: Episode, ways: int, step: int) -> Sums:
-    """Sums over a batch of episodes with a leading task axis, in closed form where the method has one, else by `vmap`."""
+    """Sums over a batch of episodes with a leading task axis: in closed form if the method has one, else by `vmap`."""
     if isinstance(algorithm, Closed) and (size := algorithm.at_once(episodes)):
         return _in_closed_form(algorithm, theta, state, episodes, ways, step, size)
     if isinstance(algorithm, Direct):

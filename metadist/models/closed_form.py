@@ -326,7 +326,8 @@ class ClosedForm:
         into: dict[str, Tensor],
         together: bool,
     ) -> Tensor:
-        assert tape.to_normal is not None and tape.to_y is not None
+        assert tape.to_normal is not None
+        assert tape.to_y is not None
         assert tape.sums is not None
         t_windows, t_centred, t_r = carried
         n, centred, to_normal = t_centred.shape[1], tape.centred.flatten(1, 3), tape.to_normal

@@ -96,7 +96,7 @@ def _both_with_tasks(a: Tensor, in_a: int | None, b: Tensor, in_b: int | None, s
     return (a.flatten(0, 1), b.flatten(0, 1)) if a.ndim > 5 else (a, b)
 
 
-MANY_ROWS = 256
+MANY_ROWS = 240
 """From so many positions of all images that share a weight on, a CPU convolves by oneDNN."""
 
 
