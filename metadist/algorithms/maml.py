@@ -97,7 +97,7 @@ class MAML:
         judged = network.gradient(fast, network.images(episodes.query.x), episodes.query.y, together=not second)
         back, loss = judged.gradient, judged.loss
         for k in reversed(range(len(walked) if second else 0)):
-            product = network.product(walked[k].record, back, together=k == 0)
+            product = network.hessian_product(walked[k].record, back, together=k == 0)
             back = {name: (g if k else g.sum(0)) - self.inner_lr * product[name] for name, g in back.items()}
         if self.support_loss_weight:
             before = walked[0] if walked else network.gradient(start, images, support_y)

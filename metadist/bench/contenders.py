@@ -98,7 +98,7 @@ def peer(name: str) -> ModuleType:
 def plain(config: Config, network: nn.Sequential) -> OneTask:
     """Nobody's library: `torch.func.functional_call` and autograd."""
     maml: Any = config.algorithm
-    start = dict(network.named_parameters())
+    start: dict[str, Tensor] = {**dict(network.named_parameters())}
 
     def one_task(support: Examples, query: Examples) -> Tensor:
         fast = start

@@ -108,10 +108,12 @@ def judge_loop(
 ENGINES: dict[str, Callable[[Algorithm, Theta, State, Episode, int, int], Sums]] = {
     "loop": loop,
     "vectorised": vectorised,
+    "graph": vectorised,
 }
 JUDGES: dict[str, Callable[[Algorithm, Objective, Theta, State, Episode, int], Judged]] = {
     "loop": judge_loop,
     "vectorised": judge_vectorised,
+    "graph": judge_vectorised,
 }
 
 

@@ -3,8 +3,8 @@
 For the networks of convolution, batch norm, maximum (or stride) and ReLU. Autograd under `vmap` finds the
 same numbers; here nothing is recorded, so that a step costs its products and a few passes over memory:
 
-    gradient:  forwards, then backwards                             ∇L(φ)
-    product:   the tangent of both along v, forward over reverse    H(φ) v
+    gradient:         forwards, then backwards                            ∇L(φ)
+    hessian_product:  the tangent of both along v, forward over reverse    H(φ) v
 
 A tangent is the derivative along v of the quantity whose name it carries, `t_` in front. Of the products in the
 tangent of a block, X(ȳ, w) → X(t_ȳ, w) + X(ȳ, t_w) and likewise for C and W, none is computed twice, and what the
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metadist.models.conv4 import BLOCKS, FEW_CHANNELS, Conv4
-from metadist.models.convolution import Windows, forwards, laid_out, patches, to_images, to_weight
+from metadist.models.convolution import Windows, forwards, laid_out, patches, product, to_images, to_weight
 from metadist.models.network import Network, Params, Statistics
 from metadist.models.norm import EPSILON
 
@@ -137,7 +137,7 @@ class ClosedForm:
         _, height, width, depth = taken.shape
         centre = taken.view(tasks, -1, depth).mean(1, keepdim=True)
         taken = taken.view(tasks, -1, depth) - centre
-        covariance = taken.mT @ taken / taken.shape[1]
+        covariance = product(taken.mT, taken) / taken.shape[1]
         taken = taken.view(tasks, n, height, width, depth)
         phases = 1
         if not self.strided:
@@ -159,22 +159,23 @@ class ClosedForm:
             blocks.append(tape)
         features = x.mean((2, 3)) if self.strided else x.flatten(2)
         head, bias = params["head.weight"], params["head.bias"]
-        logits = features @ head + (bias if bias.ndim == 1 else bias[:, None])
+        logits = product(features, head) + (bias if bias.ndim == 1 else bias[:, None])
         log = F.log_softmax(logits, -1)
         n = y.shape[1]
         loss = -log.gather(-1, y[..., None]).mean((1, 2))
         score = (logits.argmax(-1) == y).double().mean(1)
         probabilities = log.exp()
-        to_logits = (probabilities - F.one_hot(y, logits.shape[-1])) / n
+        right = y[..., None] == torch.arange(logits.shape[-1], device=y.device)
+        to_logits = (probabilities - right.to(log.dtype)) / n
         gradient: dict[str, Tensor] = {}
         self._head(gradient, features, to_logits, together)
-        to_x = self._to_maps(to_logits @ head.mT, x.shape)
+        to_x = self._to_maps(product(to_logits, head.mT), x.shape)
         for block, tape in reversed(list(zip(BLOCKS[1:], blocks, strict=True))):
             to_x = self._block_back(block, tape, to_x, gradient, together)
         self._first_back(first, to_x, gradient, together)
         return Found(loss, score, gradient, statistics, Record(first, blocks, features, head, probabilities, to_logits))
 
-    def product(self, record: Record, v: Mapping[str, Tensor], together: bool = False) -> dict[str, Tensor]:
+    def hessian_product(self, record: Record, v: Mapping[str, Tensor], together: bool = False) -> dict[str, Tensor]:
         """H v of every task; v: [tasks, …] by name."""
         first, blocks, features, head, probabilities, to_logits = record
         t_x = self._first_tangent(first, v)
@@ -184,26 +185,27 @@ class ClosedForm:
             tangents.append(carried)
         shape = t_x.shape
         t_features = t_x.mean((2, 3)) if self.strided else t_x.flatten(2)
-        t_logits = t_features @ head + features @ v["head.weight"] + v["head.bias"][:, None]
+        t_logits = product(t_features, head) + product(features, v["head.weight"]) + v["head.bias"][:, None]
         moved = probabilities * t_logits
         t_to_logits = (moved - probabilities * moved.sum(-1, keepdim=True)) / t_logits.shape[1]
-        product: dict[str, Tensor] = {}
-        self._head(product, features, t_to_logits, together, t_features, to_logits)
-        t_to_x = self._to_maps(t_to_logits @ head.mT + to_logits @ v["head.weight"].mT, shape)
+        found: dict[str, Tensor] = {}
+        self._head(found, features, t_to_logits, together, t_features, to_logits)
+        t_to_features = product(t_to_logits, head.mT) + product(to_logits, v["head.weight"].mT)
+        t_to_x = self._to_maps(t_to_features, shape)
         for block, tape, carried in reversed(list(zip(BLOCKS[1:], blocks, tangents, strict=True))):
-            t_to_x = self._block_back_tangent(block, tape, carried, t_to_x, v, product, together)
-        self._first_back_tangent(first, t_to_x, v, product, together)
-        return product
+            t_to_x = self._block_back_tangent(block, tape, carried, t_to_x, v, found, together)
+        self._first_back_tangent(first, t_to_x, v, found, together)
+        return found
 
     # --- the head
 
     def _head(
         self, into: dict[str, Tensor], features: Tensor, to_logits: Tensor, together: bool, *tangent: Tensor
     ) -> None:
-        weight = features.mT @ to_logits
+        weight = product(features.mT, to_logits)
         if tangent:
             t_features, at_logits = tangent
-            weight = weight + t_features.mT @ at_logits
+            weight = weight + product(t_features.mT, at_logits)
         _put(into, {"head.weight": weight, "head.bias": to_logits.sum(1)}, together)
 
     def _to_maps(self, to_features: Tensor, shape: torch.Size) -> Tensor:
@@ -216,13 +218,13 @@ class ClosedForm:
     def _first(self, params: Params, images: Images, statistics: Statistics) -> tuple[FirstTape, Tensor]:
         kernel = params["conv1.weight"].flatten(-4, -2)
         scale, shift = _row(params["conv1.norm.scale"]), _row(params["conv1.norm.shift"])
-        moved = images.covariance @ kernel
+        moved = product(images.covariance, kernel)
         variance = (moved * kernel).sum(-2, keepdim=True)
-        statistics["conv1.norm.mean"] = (images.centre @ kernel)[:, 0]
+        statistics["conv1.norm.mean"] = product(images.centre, kernel)[:, 0]
         statistics["conv1.norm.variance"] = variance[:, 0]
         r = torch.rsqrt(variance + EPSILON)
         extended = torch.cat([kernel * (scale * r), shift.expand(r.shape)], 1)
-        y = (images.rows @ extended).view(r.shape[0], images.phases, -1, r.shape[-1])
+        y = product(images.rows, extended).view(r.shape[0], images.phases, -1, r.shape[-1])
         out = _pool([y[:, q] for q in range(images.phases)])
         return FirstTape(images, kernel, scale, r, moved, y), out.view(*images.grid, -1)
 
@@ -236,14 +238,14 @@ class ClosedForm:
 
     def _to_extended(self, tape: FirstTape, to_x: Tensor) -> Tensor:
         spread = to_x.reshape(to_x.shape[0], 1, -1, to_x.shape[-1]) * tape.masks
-        return tape.images.rows.mT @ spread.flatten(1, 2)
+        return product(tape.images.rows.mT, spread.flatten(1, 2))
 
     def _first_tangent(self, tape: FirstTape, v: Mapping[str, Tensor]) -> Tensor:
         t_kernel, t_scale, t_shift = _first_of(v)
         t_r = -tape.r.pow(3) * (tape.moved * t_kernel).sum(-2, keepdim=True)
         t_a = t_scale * tape.r + tape.scale * t_r
         t_extended = torch.cat([t_kernel * (tape.scale * tape.r) + tape.kernel * t_a, t_shift], 1)
-        t_y = (tape.images.rows @ t_extended).view(tape.masks.shape)
+        t_y = product(tape.images.rows, t_extended).view(tape.masks.shape)
         return t_y.mul_(tape.masks).sum(1).view(*tape.images.grid, -1)
 
     def _first_back_tangent(
@@ -261,7 +263,7 @@ class ClosedForm:
         slope = scale * r.pow(3) * to_a
         t_slope = (t_scale * r + 3 * scale * t_r) * r.square() * to_a + scale * r.pow(3) * t_to_a
         found = t_to_kernel * (scale * r) + to_kernel * t_a
-        found = found - t_slope * moved - slope * (tape.images.covariance @ t_kernel)
+        found = found - t_slope * moved - slope * product(tape.images.covariance, t_kernel)
         self._put_first(into, found, (t_to_a * r + to_a * t_r)[:, 0], t_to_extended[:, -1], together)
 
     def _put_first(self, into: dict[str, Tensor], kernel: Tensor, scale: Tensor, shift: Tensor, together: bool) -> None:

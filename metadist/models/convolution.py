@@ -121,7 +121,7 @@ def forwards(windows: Windows, weight: Tensor) -> Tensor:
     x, stride = windows.x, windows.stride
     shape = (*x.shape[:-3], windows.rows, windows.columns, weight.shape[-1])
     if not _by_library(x, _images(x, weight) * windows.rows * windows.columns):
-        return (windows.gathered @ weight.flatten(-4, -2)).view(shape)
+        return product(windows.gathered, weight.flatten(-4, -2)).view(shape)
     if weight.ndim == 4:
         return _convolved(x.flatten(0, -4), weight, stride).view(shape)
     return _each([_convolved(*one, stride) for one in zip(x, weight, strict=True)])
@@ -132,7 +132,7 @@ def to_images(grad: Tensor, weight: Tensor, height: int, width: int, stride: int
     shape = (height, width, weight.shape[-2])
     if not _by_library(grad, _images(grad, weight) * grad.shape[-3] * grad.shape[-2]):
         flat = grad.reshape(*grad.shape[:-4], -1, grad.shape[-1])
-        taken = flat @ weight.flatten(-4, -2).mT
+        taken = product(flat, weight.flatten(-4, -2).mT)
         taken = taken.view(-1, *grad.shape[-3:-1], taken.shape[-1])
         return _scatter(taken, height, width, stride).view(*grad.shape[:-3], *shape)
     if weight.ndim == 4:
@@ -148,11 +148,16 @@ def to_weight(windows: Windows, grad: Tensor, together: bool = False) -> Tensor:
         gathered, flat = windows.gathered, grad.reshape(*grad.shape[:-4], -1, grad.shape[-1])
         if together:
             gathered, flat = gathered.flatten(0, -2), flat.flatten(0, -2)
-        weight = flat.mT @ gathered
+        weight = product(flat.mT, gathered)
         return weight.view(*weight.shape[:-1], 3, 3, x.shape[-1]).movedim(-4, -1)
     if together:
         return _towards_weight(x.flatten(0, -4), grad.flatten(0, -4), stride)
     return _each([_towards_weight(*one, stride) for one in zip(x, grad, strict=True)])
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in the dtype of a, also where the factors are rounded on the way (`engine.precision`)."""
+    return (a @ b).to(a.dtype)
 
 
 def laid_out(weight: Tensor) -> Tensor:
@@ -180,7 +185,7 @@ def _by_library(x: Tensor, rows: int) -> bool:
 
 
 def _convolved(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    return _nhwc(F.conv2d(_nchw(x), _oihw(weight), stride=stride, padding=1))
+    return _nhwc(F.conv2d(_nchw(x), _oihw(weight), stride=stride, padding=1)).to(x.dtype)
 
 
 def _towards_images(grad: Tensor, weight: Tensor, shape: tuple[int, int, int], stride: int) -> Tensor:

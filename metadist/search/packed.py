@@ -92,7 +92,7 @@ def check_pack(configs: Sequence[Config]) -> None:
         if "seed" in differ and value is None:
             raise ConfigError(f"{key}: packed trials of several seeds see the same tasks; say which seed samples them")
     if config.engine.mode != "vectorised":
-        raise ConfigError(f"engine.mode: packed trials are computed all at once, not in a {config.engine.mode}")
+        raise ConfigError(f"engine.mode: packed trials are computed vectorised, not as a {config.engine.mode}")
     if config.outer.remembers or config.outer.compression != "none":
         key = "local" if config.outer.local else "compression"
         raise ConfigError(f"outer.{key}: packed trials send their shards as they are; leave it out")
