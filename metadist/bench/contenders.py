@@ -56,7 +56,7 @@ def plain_network(config: Config, theta: Named) -> nn.Sequential:
             layers += [] if strided else [nn.MaxPool2d(2)]
         layers.append(Means() if strided else Flat())
     head = nn.Linear(*theta["head.weight"].shape)
-    whole = nn.Sequential(OrderedDict(features=nn.Sequential(*layers), head=head)).to(theta["head.weight"].dtype)
+    whole = nn.Sequential(OrderedDict(features=nn.Sequential(*layers), head=head)).to(theta["head.weight"])
     with torch.no_grad():
         for parameter, value in zip(whole.parameters(), theirs(config, theta), strict=True):
             parameter.copy_(value)

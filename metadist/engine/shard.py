@@ -27,6 +27,11 @@ def vectorised(algorithm: Algorithm, theta: Theta, state: State, episodes: Episo
     """Sums over a batch of episodes with a leading task axis: in closed form if the method has one, else by `vmap`."""
     if isinstance(algorithm, Closed) and (size := algorithm.at_once(episodes)):
         return _in_closed_form(algorithm, theta, state, episodes, ways, step, size)
+    return by_vmap(algorithm, theta, state, episodes, ways, step)
+
+
+def by_vmap(algorithm: Algorithm, theta: Theta, state: State, episodes: Episode, ways: int, step: int) -> Sums:
+    """The same of any method."""
     if isinstance(algorithm, Direct):
         with torch.no_grad():
             each, outcomes = vmap(lambda e: algorithm.meta_gradient(theta, state, e, ways, step))(episodes)
