@@ -195,9 +195,21 @@ class Outer(Optimizer):
 class Engine(Tree):
     """How a shard is computed on one device."""
 
-    mode: Literal["auto", "loop", "vectorised"] = Field("auto", description="one task after the other, or all at once")
+    mode: Literal["auto", "loop", "vectorised", "graph"] = Field(
+        "auto", description="one task after the other; all at once; or that as one CUDA graph, for maml"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if a worker has a GPU share")
     dtype: Literal["float32", "float64"] = Field("float32", description="of parameters and examples")
+    precision: Literal["full", "tf32", "bf16"] = Field(
+        "full", description="of the factors of matrix products in float32; tf32 on cuda only"
+    )
+
+    @model_validator(mode="after")
+    def _rounds_float32_only(self) -> "Engine":
+        if self.precision != "full" and self.dtype != "float32":
+            raise ValueError(f"precision: {self.precision} rounds float32; engine.dtype={self.dtype} goes with full")
+        return self
+
     threads: Positive = Field(1, description="threads of a worker; part of the numeric fingerprint")
 
 
@@ -427,6 +439,11 @@ class Config(Tree):
                     f"{key}: {method.name} learns a head of task.ways={self.task.ways} classes and cannot be judged "
                     f"on {ways}; valid is {self.task.ways}, or a metric method such as protonet"
                 )
+        if self.engine.mode == "graph" and not self.whole_shards:
+            raise ValueError(
+                "engine.mode: graph is for algorithm.name=maml without outer.local, outer.compression and "
+                "cluster.strategy=async; valid here: auto, loop, vectorised"
+            )
         method.check(self)
         self._stages()
         if "@" in self.storage.partition("://")[2].partition("/")[0]:
@@ -435,6 +452,13 @@ class Config(Tree):
                 "environment of the cluster, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
         return self
+
+    @property
+    def whole_shards(self) -> bool:
+        """Whether a shard can be one program: nothing but its sums leaves it, and no step's number goes in but for
+        sampling."""
+        alone = self.outer.local is None and self.outer.compression == "none" and self.cluster.strategy != "async"
+        return alone and self.algorithm.name == "maml"
 
     def _stages(self) -> None:
         before = 0
@@ -691,7 +715,7 @@ def resolve(config: Config) -> Config:
 
     - `task.shard`: the largest divisor of the meta-batch that is at most 8 and, where
       the meta-batch allows, leaves 2 shards or more;
-    - `engine.mode`: vectorised;
+    - `engine.mode`: graph for maml on cuda, else vectorised;
     - `engine.device`: cuda where a GPU share is declared, or where the workers run on the
       driver's machine and it has a GPU for each of them; else cpu;
     - `cluster.cpus`: `engine.threads`;
@@ -709,9 +733,14 @@ def resolve(config: Config) -> Config:
     share = min(1.0, visible / workers) if here and visible else 1.0
     if device == "cpu" and gpus not in ("auto", 0, 0.0):
         raise ConfigError(f"cluster.gpus: {gpus} reserves GPUs that engine.device=cpu would not use")
+    if device == "cpu" and config.engine.precision == "tf32":
+        raise ConfigError("engine.precision: tf32 is for engine.device=cuda; on cpu full and bf16 are valid")
+    mode = config.engine.mode
+    if mode == "auto":
+        mode = "graph" if device == "cuda" and config.whole_shards else "vectorised"
     return config.with_values(
         task={"shard": config.shard},
-        engine={"mode": "vectorised" if config.engine.mode == "auto" else config.engine.mode, "device": device},
+        engine={"mode": mode, "device": device},
         cluster={
             "cpus": float(config.engine.threads) if config.cluster.cpus == "auto" else config.cluster.cpus,
             "gpus": (share if device == "cuda" else 0.0) if gpus == "auto" else gpus,

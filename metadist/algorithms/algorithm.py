@@ -88,6 +88,21 @@ class Comparing(Protocol):
         ...
 
 
+@runtime_checkable
+class Closed(Protocol):
+    """A method that, for some networks, has the meta-gradient in closed form has this beside `Algorithm`."""
+
+    def at_once(self, episodes: Episode) -> int:
+        """How many of these tasks are best taken at once; 0: not in closed form, `task_loss` is differentiated."""
+        ...
+
+    def gradient_of_all(
+        self, theta: Theta, state: State, episodes: Episode, ways: int, step: int
+    ) -> tuple[dict[str, Tensor], Outcome]:
+        """Σ over tasks of the gradient of `task_loss`, by name of θ, and their outcomes with a leading task axis."""
+        ...
+
+
 class Normalisation(NamedTuple):
     """Which statistics the batch norms use.
 

@@ -7,10 +7,18 @@ Second order differentiates through the inner loop. First order (FOMAML, §5.2) 
 inner gradients as constants, so that the meta-gradient is ∇_φ L_Q(φ_K). L_S and L_Q are
 mean cross-entropies over the support and the query set, or mean squared errors; the paper's
 code sums over the classes instead, so that its α = 0.4 (5-way) is 2.0 here.
+
+With λ_K = ∇_φ L_Q(φ_K) and the Hessians H_k = ∇²L_S(φ_k), the meta-gradient is λ_0 of
+
+    λ_k = λ_{k+1} − α H_k λ_{k+1},   k = K−1 … 0
+
+(plus λ ∇L_S(θ)), and λ_K itself in first order. Networks that have these products in closed form
+(`models/closed_form.py`) are trained by this recursion (`gradient_of_all`).
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,6 +28,7 @@ from metadist.algorithms.context import Context
 from metadist.algorithms.descent import last, on_queries, on_support, predictors, walk
 from metadist.algorithms.objective import CLASSIFICATION, Objective
 from metadist.methods.gradient import Maml
+from metadist.models.closed_form import ClosedForm, closed_form
 from metadist.models.network import Params
 from metadist.tasks.episode import Episode, Examples
 
@@ -60,6 +69,43 @@ class MAML:
             before, _ = on_support(self.normalisation, self.objective, episode.support)(theta)
             outcome = outcome._replace(loss=outcome.loss + self.support_loss_weight * before)
         return outcome
+
+    @cached_property
+    def closed_form(self) -> ClosedForm | None:
+        """Of the network; queries with statistics of the support set are not of that form."""
+        if self.normalisation.queries != "together" or self.objective is not CLASSIFICATION:
+            return None
+        return closed_form(self.normalisation.network)
+
+    def at_once(self, episodes: Episode) -> int:
+        if self.closed_form is None:
+            return 0
+        return min(self.closed_form.at_once(part.x) for part in (episodes.support, episodes.query))
+
+    def gradient_of_all(
+        self, theta: Theta, state: State, episodes: Episode, ways: int, step: int
+    ) -> tuple[dict[str, Tensor], Outcome]:
+        network = self.closed_form
+        assert network is not None
+        images, support_y = network.images(episodes.support.x), episodes.support.y
+        start = fast = network.laid_out(theta)
+        walked = []
+        for _ in range(self.inner_steps):
+            walked.append(network.gradient(fast, images, support_y))
+            fast = {name: fast[name] - self.inner_lr * g for name, g in walked[-1].gradient.items()}
+        second = self.order == 2 and walked
+        judged = network.gradient(fast, network.images(episodes.query.x), episodes.query.y, together=not second)
+        back, loss = judged.gradient, judged.loss
+        for k in reversed(range(len(walked) if second else 0)):
+            product = network.hessian_product(walked[k].record, back, together=k == 0)
+            back = {name: (g if k else g.sum(0)) - self.inner_lr * product[name] for name, g in back.items()}
+        if self.support_loss_weight:
+            before = walked[0] if walked else network.gradient(start, images, support_y)
+            loss = loss + self.support_loss_weight * before.loss
+            back = {name: g + self.support_loss_weight * before.gradient[name].sum(0) for name, g in back.items()}
+        return {name: back[name] for name in theta}, Outcome(
+            loss, judged.score, {name: judged.statistics[name] for name in state}
+        )
 
 
 def build(method: Maml, context: Context) -> MAML:

@@ -25,10 +25,20 @@ def settle(engine: Engine) -> torch.device:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = engine.precision == "tf32"
     if engine.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("engine.device: cuda, but this process sees no GPU; valid is cpu, or reserve cluster.gpus")
     return torch.device(engine.device)
+
+
+@contextmanager
+def precision(engine: Engine) -> Iterator[None]:
+    """Matrix products with factors rounded to bfloat16 inside the block, where the config says so."""
+    if engine.precision != "bf16":
+        yield
+        return
+    with torch.autocast(engine.device, torch.bfloat16, cache_enabled=False):
+        yield
 
 
 def _keep_memory() -> None:

@@ -12,10 +12,11 @@ from metadist.algorithms.objective import OBJECTIVES
 from metadist.config import Config, Staged
 from metadist.data.table import Table
 from metadist.engine.compression import Compression
-from metadist.engine.device import settle
+from metadist.engine.device import precision, settle
 from metadist.engine.exact import Part, quantise, scales
 from metadist.engine.layout import Layout
 from metadist.engine.local import descend
+from metadist.engine.program import Program
 from metadist.engine.shard import ENGINES, JUDGES
 from metadist.engine.sweep import Grid, Setting, judge_grid
 from metadist.spans import Spans
@@ -58,7 +59,11 @@ class Blueprint:
         self, flat: np.ndarray, device: torch.device | str = "cpu"
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """θ and state by name, in memory of their own."""
-        both = self.values.unflatten(torch.from_numpy(np.array(flat)).to(device))
+        return self.by_name(torch.from_numpy(np.array(flat)).to(device))
+
+    def by_name(self, flat: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The same of a tensor, on its device."""
+        both = self.values.unflatten(flat)
         return {name: both[name] for name in self.theta}, {name: both[name] for name in self.state}
 
 
@@ -84,15 +89,30 @@ class Engine:
         self.shards = config.lanes
         self._judged: dict[tuple[str, str], tuple[Sampler, Algorithm]] = {}
         self.spans = Spans()
+        self.programs = Staged(config, self._program) if config.engine.mode == "graph" else None
 
     def sums(self, theta: dict[str, Tensor], state: dict[str, Tensor], step: int, shard: int) -> dict[str, Tensor]:
         """Float sums of one shard of a meta-step, by name."""
-        with self.spans.of("sampling"):
-            episodes = self.tasks.sample(step, shard * self.shard_tasks, self.shard_tasks)
-        found = self._compute(self.algorithms.at(step), theta, state, episodes, self.tasks.ways, step)
-        if self.config.tracking.profile and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # else its time would be that of whoever waits for it next
-        return found
+        with precision(self.config.engine):
+            with self.spans.of("sampling"):
+                episodes = self.tasks.sample(step, shard * self.shard_tasks, self.shard_tasks)
+            found = self._compute(self.algorithms.at(step), theta, state, episodes, self.tasks.ways, step)
+            if self.config.tracking.profile and self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # else its time would be that of whoever waits for it next
+            return found
+
+    def _program(self, here: Config) -> Program:
+        """A stage's shard."""
+        algorithm, named = algorithms.for_training(here, self.tasks.shape, self.tasks.classes), self.blueprint.by_name
+
+        def compute(values: Tensor, step: Tensor, first: Tensor) -> dict[str, Tensor]:
+            with precision(here.engine):
+                episodes = self.tasks.sample(step, first, self.shard_tasks)
+                # No method that a program is made of reads the number of the meta-step.
+                return self._compute(algorithm, *named(values), episodes, self.tasks.ways, 0)
+
+        dtype = getattr(torch, here.engine.dtype)
+        return Program(compute, self.blueprint.values, self.blueprint.sums, dtype, self.device, self.shards)
 
     def flat(self, values: np.ndarray, step: int, shard: int) -> np.ndarray:
         """The same as one buffer [total], in the parameters' dtype, from flat θ and state."""
@@ -102,9 +122,12 @@ class Engine:
 
     def part(self, values: np.ndarray, exponents: np.ndarray, step: int, shard: int) -> Part:
         """One shard's sums as integers: a pure function of its arguments and the config."""
+        if self.programs is not None:
+            return self.programs.at(step)(values, exponents, step, shard * self.shard_tasks)
         theta, state = self.blueprint.named(values, self.device)
-        scale = scales(self.blueprint.sums, exponents, self.device)
-        return quantise(self.blueprint.sums, self.sums(theta, state, step, shard), scale, self.shards)
+        sums, scale = self.sums(theta, state, step, shard), scales(self.blueprint.sums, exponents, self.device)
+        with self.spans.of("sum"):
+            return quantise(self.blueprint.sums, sums, scale, self.shards)
 
     def sent(self, values: np.ndarray, exponents: np.ndarray, step: int, number: int, lane: Lane) -> tuple[Part, Lane]:
         """What a lane, a shard or a replica, sends to the aggregator, and what it carries on: a pure function.
@@ -112,6 +135,8 @@ class Engine:
         Where `outer.compression` says so, `q` is the payload, uint8; whether it fits is
         judged by what it decompresses to.
         """
+        if self.config.outer.local is None and self.blueprint.compression is None:
+            return self.part(values, exponents, step, number), {}
         theta, state = self.blueprint.named(values, self.device)
         carried = {name: torch.from_numpy(np.array(value)) for name, value in lane.items()}
         memory: dict[str, Tensor] = {}
@@ -164,7 +189,8 @@ class Engine:
         theta, state = self.blueprint.named(values, self.device)
         episodes = sampler.sample(judged.eval.draw, first, self.shard_tasks)
         given = (algorithm, OBJECTIVES[judged.kind], theta, state, episodes, sampler.ways)
-        found = judge_grid(*given, setting) if isinstance(setting, Grid) else self._judge(*given)
+        with precision(self.config.engine):
+            found = judge_grid(*given, setting) if isinstance(setting, Grid) else self._judge(*given)
         return {name: value[:tasks].double().cpu().numpy() for name, value in found.items()}
 
 

@@ -77,15 +77,33 @@ def scales(layout: Layout, exponents: np.ndarray, device: torch.device | str = "
 
 def quantise(layout: Layout, tensors: Mapping[str, Tensor], scale: Tensor, parts: int) -> Part:
     """round(x · 2^e) of all tensors in one flat buffer; `parts` is how many such buffers will be added."""
+    return rounded(layout, tensors, scale).part(layout, scale, parts)
+
+
+class Rounded(NamedTuple):
+    """values: float64 [total], unscaled; q: round(x · 2^e) as int64; largest: its greatest magnitude in float64, NaN
+    where one is."""
+
+    values: Tensor
+    q: Tensor
+    largest: Tensor
+
+    def part(self, layout: Layout, scale: Tensor, parts: int) -> Part:
+        """The part, if it fits; else what is wrong with it."""
+        bound = 2.0**HEADROOM_BITS / parts
+        if float(self.largest) <= bound:  # false for NaN
+            return Part(self.q.cpu().numpy(), True, ())
+        finite = bool(self.values.isfinite().all())
+        each = layout.split((self.values * scale).round_().abs())
+        exceeding = tuple(index for index, name in enumerate(layout.names) if not float(each[name].max()) <= bound)
+        return Part(np.zeros(layout.total, dtype=np.int64), finite, exceeding)
+
+
+def rounded(layout: Layout, tensors: Mapping[str, Tensor], scale: Tensor) -> Rounded:
+    """All tensors in one flat buffer, on their device; nothing is asked of it."""
     values = layout.flatten(tensors).detach().double()
-    rounded = (values * scale).round_()
-    bound = 2.0**HEADROOM_BITS / parts
-    if float(rounded.abs().max()) <= bound:  # false for NaN
-        return Part(rounded.long().cpu().numpy(), True, ())
-    finite = bool(values.isfinite().all())
-    each = layout.split(rounded.abs())
-    exceeding = tuple(index for index, name in enumerate(layout.names) if not float(each[name].max()) <= bound)
-    return Part(np.zeros(layout.total, dtype=np.int64), finite, exceeding)
+    found = (values * scale).round_()
+    return Rounded(values, found.long(), found.abs().max())
 
 
 def dequantise(layout: Layout, total: np.ndarray, exponents: np.ndarray) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from metadist.config import Config
 from metadist.data.table import Table
 
-ENGINE_VERSION = 2
+ENGINE_VERSION = 3
 """Raised with every change of the engine that changes bits."""
 
 
@@ -32,9 +32,14 @@ def fingerprint(config: Config, tables: Sequence[Table]) -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "threads": str(config.engine.threads),
-        "engine": f"{config.engine.mode} {config.engine.dtype} version {ENGINE_VERSION}",
+        "engine": f"{config.engine.mode} {_dtype(config)} version {ENGINE_VERSION}",
         "data": data_fingerprint(tables),
     }
+
+
+def _dtype(config: Config) -> str:
+    engine = config.engine
+    return engine.dtype if engine.precision == "full" else f"{engine.dtype}, products {engine.precision}"
 
 
 def data_fingerprint(tables: Sequence[Table]) -> str:

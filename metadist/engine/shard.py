@@ -1,6 +1,6 @@
-"""One shard's sums on one device: a loop over its tasks, or all of them at once.
+"""One shard's sums on one device: a loop over its tasks, or all of them at once, by `vmap` or in closed form.
 
-Both give the same numbers within rounding; which one runs is fixed per run, because the
+All give the same numbers within rounding; which one runs is fixed per run, because the
 last bits differ. The sums of a shard are named tensors:
 
 - `gradient.NAME`: Σ over the tasks of the meta-gradient (or of the method's direction);
@@ -13,8 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.utils._pytree import tree_map
 
-from metadist.algorithms.algorithm import Algorithm, Comparing, Direct, Outcome, State, Theta
+from metadist.algorithms.algorithm import Algorithm, Closed, Comparing, Direct, Outcome, State, Theta
 from metadist.algorithms.objective import Objective
 from metadist.tasks.episode import Episode
 
@@ -23,7 +24,14 @@ Judged = dict[str, Tensor]
 
 
 def vectorised(algorithm: Algorithm, theta: Theta, state: State, episodes: Episode, ways: int, step: int) -> Sums:
-    """Sums over a batch of episodes with a leading task axis, by `vmap`."""
+    """Sums over a batch of episodes with a leading task axis: in closed form if the method has one, else by `vmap`."""
+    if isinstance(algorithm, Closed) and (size := algorithm.at_once(episodes)):
+        return _in_closed_form(algorithm, theta, state, episodes, ways, step, size)
+    return by_vmap(algorithm, theta, state, episodes, ways, step)
+
+
+def by_vmap(algorithm: Algorithm, theta: Theta, state: State, episodes: Episode, ways: int, step: int) -> Sums:
+    """The same of any method."""
     if isinstance(algorithm, Direct):
         with torch.no_grad():
             each, outcomes = vmap(lambda e: algorithm.meta_gradient(theta, state, e, ways, step))(episodes)
@@ -39,6 +47,19 @@ def vectorised(algorithm: Algorithm, theta: Theta, state: State, episodes: Episo
         total = outcomes.loss.sum()
     gradient = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
     return _named(dict(zip(leaves, gradient, strict=True)), outcomes)
+
+
+def _in_closed_form(
+    algorithm: Closed, theta: Theta, state: State, episodes: Episode, ways: int, step: int, size: int
+) -> Sums:
+    """Some tasks after the other, as many as a cache holds."""
+    total: Sums = {}
+    with torch.no_grad():
+        for first in range(0, episodes.family.shape[0], size):
+            part: Episode = tree_map(lambda value, first=first: value[first : first + size], episodes)
+            one = _named(*algorithm.gradient_of_all(theta, state, part, ways, step))
+            total = {name: total[name] + value if total else value for name, value in one.items()}
+    return total
 
 
 def loop(algorithm: Algorithm, theta: Theta, state: State, episodes: Episode, ways: int, step: int) -> Sums:
@@ -92,10 +113,12 @@ def judge_loop(
 ENGINES: dict[str, Callable[[Algorithm, Theta, State, Episode, int, int], Sums]] = {
     "loop": loop,
     "vectorised": vectorised,
+    "graph": vectorised,
 }
 JUDGES: dict[str, Callable[[Algorithm, Objective, Theta, State, Episode, int], Judged]] = {
     "loop": judge_loop,
     "vectorised": judge_vectorised,
+    "graph": judge_vectorised,
 }
 
 
@@ -114,10 +137,10 @@ def _named(gradient: Sums, outcomes: Outcome) -> Sums:
 
 def _stacked(outcomes: list[Outcome]) -> Outcome:
     """With a leading task axis."""
-    found: Outcome = torch.utils._pytree.tree_map(lambda *values: torch.stack(values), *outcomes)  # type: ignore[misc]
+    found: Outcome = tree_map(lambda *values: torch.stack(values), *outcomes)  # type: ignore[misc]
     return found
 
 
 def _each(episodes: Episode) -> list[Episode]:
     tasks = episodes.family.shape[0]
-    return [torch.utils._pytree.tree_map(lambda value, i=i: value[i], episodes) for i in range(tasks)]  # type: ignore[misc]
+    return [tree_map(lambda value, i=i: value[i], episodes) for i in range(tasks)]  # type: ignore[misc]

@@ -43,7 +43,7 @@ def judge_grid(
     """Score and loss of every episode's queries in every cell, each [tasks, rates, steps]; one rate for ()."""
     assert isinstance(algorithm, Stepping)
     given: Any = algorithm
-    over = vmap if grid.judged.engine.mode == "vectorised" else _looped
+    over = vmap if grid.judged.engine.mode != "loop" else _looped
 
     def cells(method: Any, episode: Episode) -> Judged:
         after = method.after(theta, state, episode.support, ways, grid.steps)

@@ -9,9 +9,11 @@ W(x, g), the one towards w, every derivative of the three is one of the three ag
 
 so that gradients of any order are exact, cost a matrix product each and need no stored
 patches. With a task axis, tasks that share their weights are just more images of one
-product; tasks with weights of their own are a batched product. Images are channels-last,
-so that the pixels of a window's row lie side by side. (The grouped convolution that
-`vmap` makes of `conv2d` runs at about two thirds of this speed on a CPU.)
+convolution. For tasks with weights of their own there are two ways, chosen by shape: few
+rows a task are batched products of gathered patches; many, on a CPU, are a convolution of
+oneDNN's for each task, which gathers nothing. Images are channels-last, so that the pixels
+of a window's row lie side by side. (The grouped convolution that `vmap` makes of `conv2d`
+is slower than either.)
 """
 
 import inspect
@@ -94,14 +96,134 @@ def _both_with_tasks(a: Tensor, in_a: int | None, b: Tensor, in_b: int | None, s
     return (a.flatten(0, 1), b.flatten(0, 1)) if a.ndim > 5 else (a, b)
 
 
+MANY_ROWS = 240
+"""From so many positions of all images that share a weight on, a CPU convolves by oneDNN."""
+
+
+class Windows:
+    """Images [n, height, width, in] or [tasks, n, height, width, in] under a stride; gathered once, if at all."""
+
+    def __init__(self, x: Tensor, stride: int) -> None:
+        self.x, self.stride = x, stride
+        self.rows, self.columns = _positions(x.shape[-3], stride), _positions(x.shape[-2], stride)
+        self._gathered: Tensor | None = None
+
+    @property
+    def gathered(self) -> Tensor:
+        """[…, n · positions, 9 · in]."""
+        if self._gathered is None:
+            self._gathered = _patches(self.x, self.stride)
+        return self._gathered
+
+
+def forwards(windows: Windows, weight: Tensor) -> Tensor:
+    """C(x, w). weight: [3, 3, in, out], of all tasks, or [tasks, 3, 3, in, out]; nothing is recorded for autograd."""
+    x, stride = windows.x, windows.stride
+    shape = (*x.shape[:-3], windows.rows, windows.columns, weight.shape[-1])
+    if not _by_library(x, _images(x, weight) * windows.rows * windows.columns):
+        return product(windows.gathered, weight.flatten(-4, -2)).view(shape)
+    if weight.ndim == 4:
+        return _convolved(x.flatten(0, -4), weight, stride).view(shape)
+    return _each([_convolved(*one, stride) for one in zip(x, weight, strict=True)])
+
+
+def to_images(grad: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
+    """X(g, w), likewise."""
+    shape = (height, width, weight.shape[-2])
+    if not _by_library(grad, _images(grad, weight) * grad.shape[-3] * grad.shape[-2]):
+        flat = grad.reshape(*grad.shape[:-4], -1, grad.shape[-1])
+        taken = product(flat, weight.flatten(-4, -2).mT)
+        taken = taken.view(-1, *grad.shape[-3:-1], taken.shape[-1])
+        return _scatter(taken, height, width, stride).view(*grad.shape[:-3], *shape)
+    if weight.ndim == 4:
+        return _towards_images(grad.flatten(0, -4), weight, shape, stride).view(*grad.shape[:-3], *shape)
+    return _each([_towards_images(*one, shape, stride) for one in zip(grad, weight, strict=True)])
+
+
+def to_weight(windows: Windows, grad: Tensor, together: bool = False) -> Tensor:
+    """W(x, g), of each task, or summed over them: `together`; as `laid_out` lays a weight out."""
+    x, stride = windows.x, windows.stride
+    together = together or x.ndim == 4
+    if not _by_library(x, grad.shape[0 if together else 1 : -1].numel()):
+        gathered, flat = windows.gathered, grad.reshape(*grad.shape[:-4], -1, grad.shape[-1])
+        if together:
+            gathered, flat = gathered.flatten(0, -2), flat.flatten(0, -2)
+        weight = product(flat.mT, gathered)
+        return weight.view(*weight.shape[:-1], 3, 3, x.shape[-1]).movedim(-4, -1)
+    if together:
+        return _towards_weight(x.flatten(0, -4), grad.flatten(0, -4), stride)
+    return _each([_towards_weight(*one, stride) for one in zip(x, grad, strict=True)])
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in the dtype of a, also where the factors are rounded on the way (`engine.precision`)."""
+    return (a @ b).to(a.dtype)
+
+
+def laid_out(weight: Tensor) -> Tensor:
+    """The same [3, 3, in, out] with out the slowest axis in memory, which oneDNN reads and writes as it is."""
+    return weight.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+
+
+def _each(tasks: list[Tensor]) -> Tensor:
+    """[tasks, …] of images, or of weights, whose slowest axis in memory is the last."""
+    if len(tasks) == 1:
+        return tasks[0][None]
+    if tasks[0].is_contiguous():
+        return torch.stack(tasks)
+    return torch.stack([weight.movedim(-1, 0) for weight in tasks]).movedim(1, -1)
+
+
+def _images(x: Tensor, weight: Tensor) -> int:
+    """How many share a weight."""
+    return x.shape[:-3].numel() if weight.ndim == 4 else x.shape[1]
+
+
+def _by_library(x: Tensor, rows: int) -> bool:
+    """Whether oneDNN is the faster of the two; rows: positions of all images that share a weight."""
+    return x.device.type == "cpu" and rows >= MANY_ROWS
+
+
+def _convolved(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    return _nhwc(F.conv2d(_nchw(x), _oihw(weight), stride=stride, padding=1)).to(x.dtype)
+
+
+def _towards_images(grad: Tensor, weight: Tensor, shape: tuple[int, int, int], stride: int) -> Tensor:
+    some = grad.new_empty(grad.shape[0], *shape)
+    return _nhwc(_backwards(grad, some, weight, stride, [True, False, False])[0])
+
+
+def _towards_weight(x: Tensor, grad: Tensor, stride: int) -> Tensor:
+    some = x.new_empty(grad.shape[-1], 3, 3, x.shape[-1]).movedim(0, -1)
+    return _backwards(grad, x, some, stride, [False, True, False])[1].permute(2, 3, 1, 0)
+
+
+def _backwards(grad: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: list[bool]) -> tuple[Tensor, ...]:
+    """conv2d's derivatives; only the shape and layout of what has its own derivative taken are read."""
+    found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+        _nchw(grad), _nchw(x), _oihw(weight), None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, wanted
+    )
+    return found
+
+
+def _nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _oihw(weight: Tensor) -> Tensor:
+    return weight.permute(3, 2, 0, 1)
+
+
 class _Convolution(torch.autograd.Function):
     """C(x, w)."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, stride: int) -> Tensor:  # type: ignore[override]
-        rows, columns = _positions(x.shape[-3], stride), _positions(x.shape[-2], stride)
-        out = _patches(x, stride) @ weight.flatten(-4, -2)
-        return out.view(*x.shape[:-3], rows, columns, weight.shape[-1])
+        return forwards(Windows(x, stride), weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -132,10 +254,7 @@ class _ToImages(torch.autograd.Function):
 
     @staticmethod
     def forward(grad: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:  # type: ignore[override]
-        flat = grad.reshape(*grad.shape[:-4], -1, grad.shape[-1])
-        patches = flat @ weight.flatten(-4, -2).transpose(-1, -2)
-        patches = patches.view(-1, *grad.shape[-3:-1], patches.shape[-1])
-        return _scatter(patches, height, width, stride).view(*grad.shape[:-3], height, width, weight.shape[-2])
+        return to_images(grad, weight, height, width, stride)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -171,9 +290,7 @@ class _ToWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, grad: Tensor, stride: int) -> Tensor:  # type: ignore[override]
-        flat = grad.reshape(*grad.shape[:-4], -1, grad.shape[-1])
-        weight = _patches(x, stride).transpose(-1, -2) @ flat
-        return weight.view(*x.shape[:-4], 3, 3, x.shape[-1], grad.shape[-1])
+        return to_weight(Windows(x, stride), grad).contiguous()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

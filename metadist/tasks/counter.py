@@ -9,6 +9,9 @@ the same numbers on CPU and GPU. The mixing function is the finaliser of SplitMi
 import torch
 from torch import Tensor
 
+Counter = int | Tensor
+"""A coordinate of a task: a number, or an int64 scalar on the device."""
+
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
@@ -35,11 +38,10 @@ def mix(x: Tensor) -> Tensor:
 
 def key(seed: int, *coordinates: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
     """A 64-bit key (int64) from a seed and integer coordinates, tensors among them broadcast."""
-    state = mix(torch.tensor(_signed(seed), dtype=torch.int64, device=device))
+    # Filled on the device, not copied to it: a copy from the host cannot be part of a CUDA graph.
+    state = mix(torch.full((), _signed(seed), dtype=torch.int64, device=device))
     for coordinate in coordinates:
-        if isinstance(coordinate, int):
-            coordinate = torch.tensor(_signed(coordinate), dtype=torch.int64, device=device)
-        state = mix(state ^ coordinate)
+        state = mix(state ^ (_signed(coordinate) if isinstance(coordinate, int) else coordinate))
     return state
 
 
@@ -52,13 +54,14 @@ def below(keys: Tensor, draw: int | Tensor, bound: int | Tensor) -> Tensor:
     return (_shift_right(mix(keys + draw), 32) * bound) >> 32
 
 
-def distinct(keys: Tensor, size: Tensor, amount: int) -> Tensor:
+def distinct(keys: Tensor, size: Tensor, amount: int, largest: int | None = None) -> Tensor:
     """`amount` distinct integers below `size`, in random order, for each key.
 
-    keys: int64 [n]; size: int64 [n], each at least `amount`; returns int64 [n, amount].
-    A Fisher-Yates shuffle that stops after `amount` swaps, all keys at once.
+    keys: int64 [n]; size: int64 [n], each at least `amount`; largest: none of the sizes is above it, found
+    where it is not given; returns int64 [n, amount]. A Fisher-Yates shuffle that stops after `amount` swaps,
+    all keys at once.
     """
-    n, largest = keys.shape[0], int(size.max())
+    n, largest = keys.shape[0], int(size.max()) if largest is None else largest
     deck = torch.arange(largest, device=keys.device).repeat(n, 1)
     for position in range(amount):
         other = position + below(keys, position, size - position)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metadist.data.table import Table
 from metadist.errors import DataError
-from metadist.tasks.counter import below, distinct, key
+from metadist.tasks.counter import Counter, below, distinct, key
 from metadist.tasks.episode import Episode, Examples
 
 SPLITS = {"train": 0, "val": 1, "test": 2}
@@ -76,7 +76,13 @@ class FewShot:
                 pool_first.append(classes + first)
                 pool_size.append(size)
             classes += len(part.start)
-        self._images = [table.images.to(self.device) for table in tables]
+        # On a GPU all data sets are one tensor, in which a row needs no question of whose it is.
+        self._images = [table.images for table in tables]
+        self._row_offset = torch.zeros(len(tables), dtype=torch.int64, device=self.device)
+        if self.device.type != "cpu":
+            rows = torch.tensor([0, *(len(table.images) for table in tables[:-1])])
+            self._images, self._row_offset = [torch.cat(self._images).to(self.device)], rows.cumsum(0).to(self.device)
+        self._largest_class, self._largest_pool = max(int(count.max()) for count in counts), max(pool_size)
         self.classes = classes
         self._start, self._count, self._source = (torch.cat(x).to(self.device) for x in (starts, counts, sources))
         self._pool_first, self._pool_size, self._pool_offset, self._pools, self._weights = (
@@ -85,32 +91,35 @@ class FewShot:
         self._labels = torch.arange(ways, device=self.device)
         self._turned = _turned(height, width).to(self.device) if rotate else None
 
-    def indices(self, step: int, first: int, tasks: int) -> tuple[Tensor, Tensor]:
+    def indices(self, step: Counter, first: Counter, tasks: int) -> tuple[Tensor, Tensor]:
         """Classes and table rows of tasks first … first+tasks−1, int64.
 
         Shapes [tasks, ways] and [tasks, ways, shots + queries].
         """
         return self._drawn(step, first, tasks)[:2]
 
-    def _drawn(self, step: int, first: int, tasks: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _drawn(self, step: Counter, first: Counter, tasks: int) -> tuple[Tensor, Tensor, Tensor]:
         """Classes, rows and the pool, int64 [tasks], that the classes come from."""
-        number = torch.arange(first, first + tasks, device=self.device)
-        task = key(self.seed, SPLITS[self.split], step, number, device=self.device)
+        task = self._keys(step, first, tasks)
         total = self._weights.cumsum(0)
         lot = below(key_of(task, _SOURCE), 0, total[-1])
         source = torch.searchsorted(total, lot, right=True)
         pool = self._pool_offset[source] + below(key_of(task, _POOL), 0, self._pools[source])
         size = self._pool_size[pool]
-        classes = self._pool_first[pool][:, None] + distinct(key_of(task, _CLASSES), size, self.ways)
+        classes = self._pool_first[pool][:, None] + distinct(
+            key_of(task, _CLASSES), size, self.ways, self._largest_pool
+        )
         way = torch.arange(self.ways, device=self.device)
         example = key_of(key_of(task, _EXAMPLES)[:, None], way).flatten()
         amount = self.shots + self.queries
-        rows = distinct(example, self._count[classes.flatten()], amount).view(tasks, self.ways, amount)
+        rows = distinct(example, self._count[classes.flatten()], amount, self._largest_class)
+        rows = rows.view(tasks, self.ways, amount)
         return classes, self._start[classes][..., None] + rows, pool
 
-    def sample(self, step: int, first: int, tasks: int) -> Episode:
+    def sample(self, step: Counter, first: Counter, tasks: int) -> Episode:
         """Tasks first … first+tasks−1 of a meta-step as one batch with a leading task axis.
 
+        step, first: numbers, or int64 scalars on the device, for which nothing is copied to it or from it.
         support.x: [tasks, ways·shots, channels, height, width] in [0, 1], of `dtype`;
         query likewise; the examples stand shot by shot.
         """
@@ -132,16 +141,19 @@ class FewShot:
             pool,
         )
 
-    def turns(self, step: int, first: int, tasks: int) -> Tensor:
+    def turns(self, step: Counter, first: Counter, tasks: int) -> Tensor:
         """Quarter turns of each class with `rotate`, int64 [tasks, ways] in [0, 4)."""
-        number = torch.arange(first, first + tasks, device=self.device)
-        task = key(self.seed, SPLITS[self.split], step, number, device=self.device)
+        task = self._keys(step, first, tasks)
         way = torch.arange(self.ways, device=self.device)
         return below(key_of(task, _TURNS)[:, None], way, 4)
 
+    def _keys(self, step: Counter, first: Counter, tasks: int) -> Tensor:
+        number = first + torch.arange(tasks, device=self.device)
+        return key(self.seed, SPLITS[self.split], step, number, device=self.device)
+
     def _pixels(self, source: Tensor, rows: Tensor) -> Tensor:
         if len(self._images) == 1:
-            picked = self._images[0][rows]
+            picked = self._images[0][rows if self.device.type == "cpu" else rows + self._row_offset[source]]
         else:
             picked = torch.empty(*rows.shape, *self.shape, dtype=torch.uint8, device=self.device)
             for number, images in enumerate(self._images):

@@ -7,6 +7,7 @@ import torch
 
 from metadist.config import Config
 from metadist.data.table import Table
+from metadist.tasks.counter import Counter
 from metadist.tasks.episode import Episode
 from metadist.tasks.few_shot import FewShot
 from metadist.tasks.sinusoid import Sinusoid
@@ -31,7 +32,7 @@ class Sampler(Protocol):
     @property
     def families(self) -> Sequence[str]: ...
 
-    def sample(self, step: int, first: int, tasks: int) -> Episode:
+    def sample(self, step: Counter, first: Counter, tasks: int) -> Episode:
         """Tasks first … first+tasks−1 of a meta-step as one batch with a leading task axis."""
         ...
 

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from metadist.tasks.counter import below, key
+from metadist.tasks.counter import Counter, below, key
 from metadist.tasks.episode import Episode, Examples
 from metadist.tasks.few_shot import SPLITS, key_of
 
@@ -42,7 +42,7 @@ class Sinusoid:
         self.split, self.seed, self.shots, self.queries = split, seed, shots, queries
         self.dtype, self.device = dtype, torch.device(device)
 
-    def curves(self, step: int, first: int, tasks: int) -> tuple[Tensor, Tensor]:
+    def curves(self, step: Counter, first: Counter, tasks: int) -> tuple[Tensor, Tensor]:
         """Amplitudes and phases, float64 [tasks]."""
         task = self._keys(step, first, tasks)
         return (
@@ -50,7 +50,7 @@ class Sinusoid:
             _uniform(below(key_of(task, _PHASE), 0, _FINE), PHASE),
         )
 
-    def sample(self, step: int, first: int, tasks: int) -> Episode:
+    def sample(self, step: Counter, first: Counter, tasks: int) -> Episode:
         """Tasks first … first+tasks−1 of a meta-step; support.x and support.y: [tasks, shots, 1], query likewise."""
         amplitude, phase = self.curves(step, first, tasks)
         number = torch.arange(self.shots + self.queries, device=self.device)
@@ -66,8 +66,8 @@ class Sinusoid:
             family,
         )
 
-    def _keys(self, step: int, first: int, tasks: int) -> Tensor:
-        number = torch.arange(first, first + tasks, device=self.device)
+    def _keys(self, step: Counter, first: Counter, tasks: int) -> Tensor:
+        number = first + torch.arange(tasks, device=self.device)
         return key(self.seed, SPLITS[self.split], step, number, device=self.device)
 
 

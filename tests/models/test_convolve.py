@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import vmap
 
+from metadist.models import convolution
 from metadist.models.convolution import convolve
 
 SIZES = [(1, 1), (2, 3), (5, 4), (7, 7), (8, 5)]
@@ -30,6 +31,11 @@ def close(found, expected, bound=1e-12):
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape
         assert (one - other).abs().max() <= bound * other.abs().max()
+
+
+@pytest.fixture(params=[1, 10**9], ids=["by oneDNN", "by products"], autouse=True)
+def many_rows(request, monkeypatch):
+    monkeypatch.setattr(convolution, "MANY_ROWS", request.param)
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -1,0 +1,407 @@
+"""A network's loss, gradient and Hessian-vector products in closed form, for all tasks of a shard at once.
+
+For the networks of convolution, batch norm, maximum (or stride) and ReLU. Autograd under `vmap` finds the
+same numbers; here nothing is recorded, so that a step costs its products and a few passes over memory:
+
+    gradient:         forwards, then backwards                            ∇L(φ)
+    hessian_product:  the tangent of both along v, forward over reverse    H(φ) v
+
+A tangent is the derivative along v of the quantity whose name it carries, `t_` in front. Of the products in the
+tangent of a block, X(ȳ, w) → X(t_ȳ, w) + X(ȳ, t_w) and likewise for C and W, none is computed twice, and what the
+gradient has gathered, centred and masked is used again. A parameter is [...], of all tasks, or [tasks, ...], their own;
+gradients are of each task, or summed over them (`together`), which is one large product for a convolution.
+
+The first layer works on the images' patches (`first_layer.py`). Its pixels are laid out pooling window by pooling
+window, so that a maximum is one of four large blocks, and its tallest tensor is gone before the next layer begins.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metadist.models.conv4 import BLOCKS, FEW_CHANNELS, Conv4
+from metadist.models.convolution import Windows, forwards, laid_out, patches, product, to_images, to_weight
+from metadist.models.network import Network, Params, Statistics
+from metadist.models.norm import EPSILON
+
+CACHE = 2**24
+"""Bytes of the largest tensor that a CPU makes: tasks whose tensors are larger are taken in turn."""
+
+
+def closed_form(network: Network) -> "ClosedForm | None":
+    """None where a network has none."""
+    return ClosedForm(network) if isinstance(network, Conv4) and _offered(network) else None
+
+
+def _offered(network: Conv4) -> bool:
+    return (
+        network.image[0] <= FEW_CHANNELS
+        and (network.norm, network.activation) == ("batch", "relu")
+        and (network.strided or (network.pooling == "max" and network.pools == len(BLOCKS)))
+        and network.hidden is None
+        and network.outputs is not None
+        and not network.maps
+    )
+
+
+class Images(NamedTuple):
+    """Of every task what the first layer needs of its images; the same in every inner step.
+
+    rows: [tasks, phases · positions, 9 · channels + 1], centred patches and a one; centre: [tasks, 1, 9 · channels];
+    covariance: [tasks, 9 · channels, 9 · channels]; grid: (tasks, n, rows, columns) behind the first block;
+    phases: 4 pixels of a window, or 1.
+    """
+
+    rows: Tensor
+    centre: Tensor
+    covariance: Tensor
+    grid: tuple[int, int, int, int]
+    phases: int
+
+
+@dataclass
+class FirstTape:
+    """What the first block's gradient leaves for its tangent."""
+
+    images: Images
+    kernel: Tensor
+    scale: Tensor
+    r: Tensor
+    moved: Tensor  # covariance · kernel
+    masks: Tensor
+    to_extended: Tensor | None = None
+
+
+@dataclass
+class Tape:
+    """The same of a later block: centred outputs, 1/√(variance + ε), and what backwards adds."""
+
+    windows: Windows
+    weight: Tensor
+    scale: Tensor
+    r: Tensor
+    centred: Tensor
+    masks: list[Tensor]
+    to_normal: Tensor | None = None
+    sums: tuple[Tensor, Tensor] | None = None
+    to_y: Tensor | None = None
+
+
+class Record(NamedTuple):
+    """Of one gradient, for products at the same parameters."""
+
+    first: FirstTape
+    blocks: list[Tape]
+    features: Tensor
+    head: Tensor
+    probabilities: Tensor
+    to_logits: Tensor
+
+
+class Found(NamedTuple):
+    """loss, score: [tasks]; gradient: by name; statistics: what the norms used, [tasks, …] by name."""
+
+    loss: Tensor
+    score: Tensor
+    gradient: dict[str, Tensor]
+    statistics: Statistics
+    record: Record
+
+
+class ClosedForm:
+    """Of one network."""
+
+    def __init__(self, network: Conv4) -> None:
+        self.strided, self.width = network.strided, network.width
+
+    def at_once(self, x: Tensor) -> int:
+        """How many tasks; x: [tasks, n, channels, height, width]."""
+        tasks, n, _, height, width = x.shape
+        if x.device.type != "cpu":
+            return tasks
+        tallest = n * height * width * self.width * x.element_size() // (4 if self.strided else 1)
+        return min(tasks, max(1, CACHE // tallest))
+
+    def laid_out(self, params: Params) -> dict[str, Tensor]:
+        """The same parameters in the layout that gradients have."""
+        return {name: laid_out(value) if value.ndim == 4 else value for name, value in params.items()}
+
+    def images(self, x: Tensor) -> Images:
+        """x: [tasks, n, channels, height, width]."""
+        tasks, n = x.shape[:2]
+        taken = patches(x.flatten(0, 1).permute(0, 2, 3, 1), 2 if self.strided else 1)
+        _, height, width, depth = taken.shape
+        centre = taken.view(tasks, -1, depth).mean(1, keepdim=True)
+        taken = taken.view(tasks, -1, depth) - centre
+        covariance = product(taken.mT, taken) / taken.shape[1]
+        taken = taken.view(tasks, n, height, width, depth)
+        phases = 1
+        if not self.strided:
+            # An odd last row or column is in the statistics, and in no window.
+            height, width, phases = height // 2, width // 2, 4
+            taken = taken[:, :, : 2 * height, : 2 * width].reshape(tasks, n, height, 2, width, 2, depth)
+            taken = taken.permute(0, 3, 5, 1, 2, 4, 6)
+        rows = taken.new_ones(tasks, phases * n * height * width, depth + 1)
+        rows[..., :depth] = taken.reshape(tasks, -1, depth)
+        return Images(rows, centre, covariance, (tasks, n, height, width), phases)
+
+    def gradient(self, params: Params, images: Images, y: Tensor, together: bool = False) -> Found:
+        """Mean cross-entropy of every task and its gradient; y: int64 [tasks, n]."""
+        statistics: Statistics = {}
+        first, x = self._first(params, images, statistics)
+        blocks: list[Tape] = []
+        for block in BLOCKS[1:]:
+            tape, x = self._block(block, params, x, statistics)
+            blocks.append(tape)
+        features = x.mean((2, 3)) if self.strided else x.flatten(2)
+        head, bias = params["head.weight"], params["head.bias"]
+        logits = product(features, head) + (bias if bias.ndim == 1 else bias[:, None])
+        log = F.log_softmax(logits, -1)
+        n = y.shape[1]
+        loss = -log.gather(-1, y[..., None]).mean((1, 2))
+        score = (logits.argmax(-1) == y).double().mean(1)
+        probabilities = log.exp()
+        right = y[..., None] == torch.arange(logits.shape[-1], device=y.device)
+        to_logits = (probabilities - right.to(log.dtype)) / n
+        gradient: dict[str, Tensor] = {}
+        self._head(gradient, features, to_logits, together)
+        to_x = self._to_maps(product(to_logits, head.mT), x.shape)
+        for block, tape in reversed(list(zip(BLOCKS[1:], blocks, strict=True))):
+            to_x = self._block_back(block, tape, to_x, gradient, together)
+        self._first_back(first, to_x, gradient, together)
+        return Found(loss, score, gradient, statistics, Record(first, blocks, features, head, probabilities, to_logits))
+
+    def hessian_product(self, record: Record, v: Mapping[str, Tensor], together: bool = False) -> dict[str, Tensor]:
+        """H v of every task; v: [tasks, …] by name."""
+        first, blocks, features, head, probabilities, to_logits = record
+        t_x = self._first_tangent(first, v)
+        tangents = []
+        for block, tape in zip(BLOCKS[1:], blocks, strict=True):
+            carried, t_x = self._block_tangent(block, tape, t_x, v)
+            tangents.append(carried)
+        shape = t_x.shape
+        t_features = t_x.mean((2, 3)) if self.strided else t_x.flatten(2)
+        t_logits = product(t_features, head) + product(features, v["head.weight"]) + v["head.bias"][:, None]
+        moved = probabilities * t_logits
+        t_to_logits = (moved - probabilities * moved.sum(-1, keepdim=True)) / t_logits.shape[1]
+        found: dict[str, Tensor] = {}
+        self._head(found, features, t_to_logits, together, t_features, to_logits)
+        t_to_features = product(t_to_logits, head.mT) + product(to_logits, v["head.weight"].mT)
+        t_to_x = self._to_maps(t_to_features, shape)
+        for block, tape, carried in reversed(list(zip(BLOCKS[1:], blocks, tangents, strict=True))):
+            t_to_x = self._block_back_tangent(block, tape, carried, t_to_x, v, found, together)
+        self._first_back_tangent(first, t_to_x, v, found, together)
+        return found
+
+    # --- the head
+
+    def _head(
+        self, into: dict[str, Tensor], features: Tensor, to_logits: Tensor, together: bool, *tangent: Tensor
+    ) -> None:
+        weight = product(features.mT, to_logits)
+        if tangent:
+            t_features, at_logits = tangent
+            weight = weight + product(t_features.mT, at_logits)
+        _put(into, {"head.weight": weight, "head.bias": to_logits.sum(1)}, together)
+
+    def _to_maps(self, to_features: Tensor, shape: torch.Size) -> Tensor:
+        if not self.strided:
+            return to_features.reshape(shape)
+        return (to_features / (shape[2] * shape[3]))[:, :, None, None].expand(shape)
+
+    # --- the first block
+
+    def _first(self, params: Params, images: Images, statistics: Statistics) -> tuple[FirstTape, Tensor]:
+        kernel = params["conv1.weight"].flatten(-4, -2)
+        scale, shift = _row(params["conv1.norm.scale"]), _row(params["conv1.norm.shift"])
+        moved = product(images.covariance, kernel)
+        variance = (moved * kernel).sum(-2, keepdim=True)
+        statistics["conv1.norm.mean"] = product(images.centre, kernel)[:, 0]
+        statistics["conv1.norm.variance"] = variance[:, 0]
+        r = torch.rsqrt(variance + EPSILON)
+        extended = torch.cat([kernel * (scale * r), shift.expand(r.shape)], 1)
+        y = product(images.rows, extended).view(r.shape[0], images.phases, -1, r.shape[-1])
+        out = _pool([y[:, q] for q in range(images.phases)])
+        return FirstTape(images, kernel, scale, r, moved, y), out.view(*images.grid, -1)
+
+    def _first_back(self, tape: FirstTape, to_x: Tensor, into: dict[str, Tensor], together: bool) -> None:
+        to_extended = tape.to_extended = self._to_extended(tape, to_x)
+        to_kernel, to_shift = to_extended[:, :-1], to_extended[:, -1]
+        to_a = (to_kernel * tape.kernel).sum(-2, keepdim=True)
+        slope = tape.scale * tape.r.pow(3) * to_a  # −2 v̄
+        found = to_kernel * (tape.scale * tape.r) - slope * tape.moved
+        self._put_first(into, found, (to_a * tape.r)[:, 0], to_shift, together)
+
+    def _to_extended(self, tape: FirstTape, to_x: Tensor) -> Tensor:
+        spread = to_x.reshape(to_x.shape[0], 1, -1, to_x.shape[-1]) * tape.masks
+        return product(tape.images.rows.mT, spread.flatten(1, 2))
+
+    def _first_tangent(self, tape: FirstTape, v: Mapping[str, Tensor]) -> Tensor:
+        t_kernel, t_scale, t_shift = _first_of(v)
+        t_r = -tape.r.pow(3) * (tape.moved * t_kernel).sum(-2, keepdim=True)
+        t_a = t_scale * tape.r + tape.scale * t_r
+        t_extended = torch.cat([t_kernel * (tape.scale * tape.r) + tape.kernel * t_a, t_shift], 1)
+        t_y = product(tape.images.rows, t_extended).view(tape.masks.shape)
+        return t_y.mul_(tape.masks).sum(1).view(*tape.images.grid, -1)
+
+    def _first_back_tangent(
+        self, tape: FirstTape, t_to_x: Tensor, v: Mapping[str, Tensor], into: dict[str, Tensor], together: bool
+    ) -> None:
+        assert tape.to_extended is not None
+        t_kernel, t_scale, _ = _first_of(v)
+        scale, r, moved, kernel, to_kernel = tape.scale, tape.r, tape.moved, tape.kernel, tape.to_extended[:, :-1]
+        t_r = -r.pow(3) * (moved * t_kernel).sum(-2, keepdim=True)
+        t_a = t_scale * r + scale * t_r
+        t_to_extended = self._to_extended(tape, t_to_x)
+        t_to_kernel = t_to_extended[:, :-1]
+        to_a = (to_kernel * kernel).sum(-2, keepdim=True)
+        t_to_a = (t_to_kernel * kernel + to_kernel * t_kernel).sum(-2, keepdim=True)
+        slope = scale * r.pow(3) * to_a
+        t_slope = (t_scale * r + 3 * scale * t_r) * r.square() * to_a + scale * r.pow(3) * t_to_a
+        found = t_to_kernel * (scale * r) + to_kernel * t_a
+        found = found - t_slope * moved - slope * product(tape.images.covariance, t_kernel)
+        self._put_first(into, found, (t_to_a * r + to_a * t_r)[:, 0], t_to_extended[:, -1], together)
+
+    def _put_first(self, into: dict[str, Tensor], kernel: Tensor, scale: Tensor, shift: Tensor, together: bool) -> None:
+        weight = kernel.view(kernel.shape[0], 3, 3, -1, kernel.shape[-1])
+        _put(into, {"conv1.weight": weight, "conv1.norm.scale": scale, "conv1.norm.shift": shift}, together)
+
+    # --- a later block
+
+    def _block(self, name: str, params: Params, x: Tensor, statistics: Statistics) -> tuple[Tape, Tensor]:
+        weight = params[f"{name}.weight"]
+        scale, shift = _row(params[f"{name}.norm.scale"]), _row(params[f"{name}.norm.shift"])
+        windows = Windows(x, 2 if self.strided else 1)
+        y = forwards(windows, weight)
+        shape, y = y.shape, y.flatten(1, 3)
+        mean = y.sum(1, keepdim=True) / y.shape[1]
+        centred = y.sub_(mean)
+        variance = (centred * centred).sum(1, keepdim=True) / y.shape[1]
+        statistics[f"{name}.norm.mean"], statistics[f"{name}.norm.variance"] = mean[:, 0], variance[:, 0]
+        r = torch.rsqrt(variance + EPSILON)
+        normal = torch.addcmul(shift, centred, scale * r).view(shape)
+        masks = self._views(normal)
+        out = _pool(masks)
+        return Tape(windows, weight, scale, r, centred.view(shape), masks), out
+
+    def _block_back(self, name: str, tape: Tape, to_x: Tensor, into: dict[str, Tensor], together: bool) -> Tensor:
+        n = tape.centred.shape[1:4].numel()
+        centred, r = tape.centred.flatten(1, 3), tape.r
+        to_normal = tape.to_normal = self._spread(tape, to_x).flatten(1, 3)
+        total, along = to_normal.sum(1, keepdim=True), (to_normal * centred).sum(1, keepdim=True)
+        tape.sums = total, along
+        a = tape.scale * r
+        to_y = torch.addcmul(a * total / -n, to_normal, a).addcmul_(centred, a * r.square() * along / -n)
+        tape.to_y = to_y.view(tape.centred.shape)
+        _put(into, {f"{name}.norm.scale": (along * r)[:, 0], f"{name}.norm.shift": total[:, 0]}, together)
+        into[f"{name}.weight"] = to_weight(tape.windows, tape.to_y, together)
+        return to_images(tape.to_y, tape.weight, *_size(tape), tape.windows.stride)
+
+    def _block_tangent(
+        self, name: str, tape: Tape, t_x: Tensor, v: Mapping[str, Tensor]
+    ) -> tuple[tuple[Windows, Tensor, Tensor], Tensor]:
+        t_scale, t_shift = _row(v[f"{name}.norm.scale"]), _row(v[f"{name}.norm.shift"])
+        t_windows = Windows(t_x, tape.windows.stride)
+        t_y = forwards(t_windows, tape.weight).add_(forwards(tape.windows, v[f"{name}.weight"])).flatten(1, 3)
+        n, centred = t_y.shape[1], tape.centred.flatten(1, 3)
+        t_centred = t_y.sub_(t_y.sum(1, keepdim=True) / n)
+        t_r = -tape.r.pow(3) * ((centred * t_centred).sum(1, keepdim=True) / n)
+        a, t_a = tape.scale * tape.r, t_scale * tape.r + tape.scale * t_r
+        t_normal = torch.addcmul(t_shift, centred, t_a).addcmul_(t_centred, a).view(tape.centred.shape)
+        views = self._views(t_normal)
+        t_out = views[0] * tape.masks[0]
+        for view, mask in zip(views[1:], tape.masks[1:], strict=True):
+            t_out.addcmul_(view, mask)
+        return (t_windows, t_centred, t_r), t_out
+
+    def _block_back_tangent(
+        self,
+        name: str,
+        tape: Tape,
+        carried: tuple[Windows, Tensor, Tensor],
+        t_to_x: Tensor,
+        v: Mapping[str, Tensor],
+        into: dict[str, Tensor],
+        together: bool,
+    ) -> Tensor:
+        assert tape.to_normal is not None
+        assert tape.to_y is not None
+        assert tape.sums is not None
+        t_windows, t_centred, t_r = carried
+        n, centred, to_normal = t_centred.shape[1], tape.centred.flatten(1, 3), tape.to_normal
+        scale, r, t_scale = tape.scale, tape.r, _row(v[f"{name}.norm.scale"])
+        total, along = tape.sums
+        a, t_a = scale * r, t_scale * r + scale * t_r
+        t_to_normal = self._spread(tape, t_to_x).flatten(1, 3)
+        t_total = t_to_normal.sum(1, keepdim=True)
+        t_along = (t_to_normal * centred).addcmul_(to_normal, t_centred).sum(1, keepdim=True)
+        slope = a * r.square() * along / n
+        t_slope = ((t_a * r + 2 * a * t_r) * r * along + a * r.square() * t_along) / n
+        t_to_y = torch.addcmul((t_a * total + a * t_total) / -n, to_normal, t_a).addcmul_(t_to_normal, a)
+        t_to_y = t_to_y.addcmul_(centred, -t_slope).addcmul_(t_centred, -slope).view(tape.centred.shape)
+        norm = {f"{name}.norm.scale": (t_along * r + along * t_r)[:, 0], f"{name}.norm.shift": t_total[:, 0]}
+        _put(into, norm, together)
+        weight = to_weight(tape.windows, t_to_y, together)
+        into[f"{name}.weight"] = weight.add_(to_weight(t_windows, tape.to_y, together))
+        size, stride = _size(tape), tape.windows.stride
+        return to_images(t_to_y, tape.weight, *size, stride).add_(
+            to_images(tape.to_y, v[f"{name}.weight"], *size, stride)
+        )
+
+    def _views(self, x: Tensor) -> list[Tensor]:
+        """The pixels of every window, one after the other; all pixels where nothing is pooled."""
+        if self.strided:
+            return [x]
+        height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
+        return [x[:, :, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1)]
+
+    def _spread(self, tape: Tape, to_out: Tensor) -> Tensor:
+        """The adjoint of maximum and ReLU."""
+        if self.strided:
+            return to_out * tape.masks[0]
+        shape = tape.centred.shape
+        out = to_out.new_zeros(shape) if shape[2] % 2 or shape[3] % 2 else to_out.new_empty(shape)
+        for view, mask in zip(self._views(out), tape.masks, strict=True):
+            torch.mul(to_out, mask, out=view)
+        return out
+
+
+def _pool(views: list[Tensor]) -> Tensor:
+    """ReLU of the largest of the pixels of a window.
+
+    They themselves become the masks of what passed, 1 or 0; of equal ones the first passes.
+    """
+    if len(views) == 1:
+        out = torch.relu(views[0])
+        torch.sign(out, out=views[0])
+        return out
+    out = torch.maximum(torch.maximum(views[0], views[1]), torch.maximum(views[2], views[3]))
+    for view in views:
+        view.eq_(out)
+    free = torch.sign(out.relu_())
+    for view in views:
+        free.sub_(view.mul_(free))
+    return out
+
+
+def _size(tape: Tape) -> tuple[int, int]:
+    """Height and width of the inputs."""
+    _, _, height, width, _ = tape.windows.x.shape
+    return height, width
+
+
+def _row(value: Tensor) -> Tensor:
+    """[…, 1, width]."""
+    return value[..., None, :]
+
+
+def _first_of(v: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return v["conv1.weight"].flatten(-4, -2), _row(v["conv1.norm.scale"]), _row(v["conv1.norm.shift"])
+
+
+def _put(into: dict[str, Tensor], values: dict[str, Tensor], together: bool) -> None:
+    into |= {name: value.sum(0) for name, value in values.items()} if together else values

@@ -1,0 +1,27 @@
+"""The suite measures the same shard with every engine."""
+
+import torch
+
+from metadist.bench.engine import ENGINES, engine_rows, one_shard, phase_rows, shard_job
+from metadist.data.sources import prepare
+from metadist.engine.engine import Engine
+
+
+def test_rows_of_a_case():
+    table = prepare(shard_job("c", 1).data.sources[0])
+    rows = engine_rows("c", 1, table, 1, lambda line: None)
+    assert [row.name for row in rows] == [f"{name} (c) order 1" for name in ENGINES]
+    assert all(row.value > 0 for row in rows)
+    assert [row.baseline for row in rows] == ["vmap (c) order 1", None, "vmap (c) order 1"]
+    phases = {row.name: row.value for row in phase_rows("c", table, 1)}
+    assert phases["meta-gradient (c) order 2"] == max(phases.values())
+
+
+def test_all_engines_compute_the_same():
+    config = shard_job("c", 2, dtype="float64").with_values(task={"meta_batch": 4, "shard": 2})
+    engine = Engine(config, [prepare(config.data.sources[0])])
+    engine.blueprint.theta = {name: value.double() for name, value in engine.blueprint.theta.items()}
+    found = {name: one_shard(engine, compute) for name, compute in ENGINES.items()}
+    for sums in found.values():
+        for name, value in found["loop"].items():
+            torch.testing.assert_close(sums[name], value, rtol=1e-9, atol=1e-11)

@@ -1,0 +1,105 @@
+"""A shard as one program over buffers that stay: the same bits as the shard by itself."""
+
+import numpy as np
+import pytest
+import torch
+
+from metadist.config import resolve, validate
+from metadist.data.sources import prepare
+from metadist.engine.engine import Engine
+from metadist.engine.exact import first_exponents
+from metadist.errors import ConfigError
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def engine(mode: str, device: str = "cpu", **sections) -> Engine:
+    raw = {
+        "engine": {"mode": mode, "device": device, **sections.pop("engine", {})},
+        "model": {"width": 8},
+        "task": {"meta_batch": 8, "shard": 4},
+        "algorithm": {"name": "maml", "inner_steps": 2, "inner_lr": 0.01},
+        **sections,
+    }
+    config = resolve(validate(raw, "test"))
+    return Engine(config, [prepare(source) for source in config.data.sources])
+
+
+def parts(one: Engine, steps=(0, 1, 7)) -> list[np.ndarray]:
+    exponents = first_exponents(one.blueprint.sums)
+    values = one.blueprint.initial()
+    found = [one.part(values * (1 + 0.01 * step), exponents, step, shard) for step in steps for shard in (0, 1)]
+    assert all(part.fits for part in found)
+    return [part.q for part in found]
+
+
+@pytest.mark.parametrize("data", [{}, {"data": {"name": "sinusoid"}, "model": {"name": "mlp", "norm": "none"}}])
+def test_a_program_gives_the_bits_of_its_shard(data):
+    apart = parts(engine("vectorised", **data))
+    together = parts(engine("graph", **data))
+    assert len({q.tobytes() for q in apart}) == len(apart)
+    for one, other in zip(apart, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_each_stage_has_its_program():
+    stages = {"outer": {"steps": 10}, "stages": [{"at": 5, "set": {"outer.lr": 0.01, "algorithm.inner_steps": 1}}]}
+    for one, other in zip(parts(engine("vectorised", **stages)), parts(engine("graph", **stages)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_program_says_what_does_not_fit():
+    one, other = engine("vectorised"), engine("graph")
+    for values, exponent in ((one.blueprint.initial() * np.float32(np.nan), 40), (one.blueprint.initial(), 900)):
+        exponents = np.full(len(one.blueprint.sums.names), exponent)
+        apart, together = (each.part(values, exponents, 0, 0) for each in (one, other))
+        assert not apart.fits
+        assert (apart.finite, apart.exceeding) == (together.finite, together.exceeding)
+
+
+def test_tasks_are_sampled_by_tensors_as_by_numbers():
+    tasks = engine("graph", task={"meta_batch": 8, "shard": 4, "rotate": False}).tasks
+    by_number = tasks.sample(3, 4, 4)
+    by_tensor = tasks.sample(torch.tensor(3), torch.tensor(4), 4)
+    leaves = torch.utils._pytree.tree_leaves
+    assert all(torch.equal(a, b) for a, b in zip(leaves(by_number), leaves(by_tensor), strict=True))
+
+
+def test_graph_is_for_what_one_program_can_hold():
+    with pytest.raises(ConfigError, match=r"engine\.mode: graph is for algorithm\.name=maml"):
+        engine("graph", algorithm={"name": "protonet"})
+    with pytest.raises(ConfigError, match=r"engine\.precision: tf32 is for engine\.device=cuda"):
+        engine("vectorised", engine={"precision": "tf32"})
+
+
+def test_bf16_rounds_factors_and_nothing_else():
+    full, rounded = (engine("vectorised", engine={"precision": precision}) for precision in ("full", "bf16"))
+    theta, state = full.blueprint.named(full.blueprint.initial())
+    exact, near = full.sums(theta, state, 0, 0), rounded.sums(theta, state, 0, 0)
+    assert all(near[name].dtype == value.dtype for name, value in exact.items())
+    difference = max(float((near[n] - v).abs().max() / v.abs().max().clamp(min=1e-3)) for n, v in exact.items())
+    assert 1e-6 < difference < 0.5
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["full", "tf32", "bf16"])
+def test_a_captured_graph_gives_the_bits_of_its_shard(precision):
+    keys = {"engine": {"precision": precision}}
+    apart, together = parts(engine("vectorised", "cuda", **keys)), parts(engine("graph", "cuda", **keys))
+    for one, other in zip(apart, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@needs_gpu
+def test_gpu_and_cpu_agree_in_float64():
+    keys = {"engine": {"dtype": "float64"}}
+    here, there = (engine("vectorised", device, **keys) for device in ("cpu", "cuda"))
+    flat = [one.flat(one.blueprint.initial(), 0, 0) for one in (here, there)]
+    np.testing.assert_allclose(*flat, rtol=1e-9, atol=1e-12)
+
+
+@needs_gpu
+def test_a_mixture_on_the_gpu_draws_the_same_tasks():
+    keys = {"data": {"name": [{"name": "glyphs", "weight": 1}, {"name": "glyphs", "weight": 2}]}}
+    here, there = (engine("vectorised", device, **keys).tasks.sample(0, 0, 8) for device in ("cpu", "cuda"))
+    assert torch.equal(here.support.x, there.support.x.cpu())
