@@ -22,6 +22,7 @@ from metadist.config import (
     resolve,
     to_yaml,
     validate,
+    with_keys,
 )
 from metadist.data.sources import check as check_source
 from metadist.errors import ConfigError
@@ -124,7 +125,7 @@ def _training(name: str, overrides: Sequence[str]) -> Config:
 
 def _search(name: str, overrides: Sequence[str]) -> tuple[str, Config]:
     asked = dict(map(parse_override, overrides))
-    raw = searches.with_keys(read_yaml(find_job(name)), {**asked, "cluster.address": "auto"})
+    raw = with_keys(read_yaml(find_job(name)), {**asked, "cluster.address": "auto"})
     job = searches.checked(raw, name)
     refuse_place(job)
     _check_run(job.base)
