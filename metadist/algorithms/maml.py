@@ -88,19 +88,22 @@ class MAML:
         network = self.closed_form
         assert network is not None
         images, support_y = network.images(episodes.support.x), episodes.support.y
+        second = self.order == 2 and self.inner_steps > 0
         start = fast = network.laid_out(theta)
         walked = []
         for _ in range(self.inner_steps):
-            walked.append(network.gradient(fast, images, support_y))
-            fast = {name: fast[name] - self.inner_lr * g for name, g in walked[-1].gradient.items()}
-        second = self.order == 2 and walked
-        judged = network.gradient(fast, network.images(episodes.query.x), episodes.query.y, together=not second)
+            here = network.gradient(fast, images, support_y, products=second)
+            fast = {name: fast[name] - self.inner_lr * g for name, g in here.gradient.items()}
+            if second or not walked:
+                walked.append(here)
+        query = network.images(episodes.query.x)
+        judged = network.gradient(fast, query, episodes.query.y, together=not second, products=False)
         back, loss = judged.gradient, judged.loss
         for k in reversed(range(len(walked) if second else 0)):
             product = network.hessian_product(walked[k].record, back, together=k == 0)
             back = {name: (g if k else g.sum(0)) - self.inner_lr * product[name] for name, g in back.items()}
         if self.support_loss_weight:
-            before = walked[0] if walked else network.gradient(start, images, support_y)
+            before = walked[0] if walked else network.gradient(start, images, support_y, products=False)
             loss = loss + self.support_loss_weight * before.loss
             back = {name: g + self.support_loss_weight * before.gradient[name].sum(0) for name, g in back.items()}
         return {name: back[name] for name in theta}, Outcome(

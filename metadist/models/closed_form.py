@@ -149,8 +149,11 @@ class ClosedForm:
         rows[..., :depth] = taken.reshape(tasks, -1, depth)
         return Images(rows, centre, covariance, (tasks, n, height, width), phases)
 
-    def gradient(self, params: Params, images: Images, y: Tensor, together: bool = False) -> Found:
-        """Mean cross-entropy of every task and its gradient; y: int64 [tasks, n]."""
+    def gradient(
+        self, params: Params, images: Images, y: Tensor, together: bool = False, products: bool = True
+    ) -> Found:
+        """Mean cross-entropy of every task and its gradient; y: int64 [tasks, n]; products: whether any will be asked
+        of the record."""
         statistics: Statistics = {}
         first, x = self._first(params, images, statistics)
         blocks: list[Tape] = []
@@ -172,7 +175,7 @@ class ClosedForm:
         to_x = self._to_maps(product(to_logits, head.mT), x.shape)
         for block, tape in reversed(list(zip(BLOCKS[1:], blocks, strict=True))):
             to_x = self._block_back(block, tape, to_x, gradient, together)
-        self._first_back(first, to_x, gradient, together)
+        self._first_back(first, to_x, gradient, together, products)
         return Found(loss, score, gradient, statistics, Record(first, blocks, features, head, probabilities, to_logits))
 
     def hessian_product(self, record: Record, v: Mapping[str, Tensor], together: bool = False) -> dict[str, Tensor]:
@@ -228,16 +231,20 @@ class ClosedForm:
         out = _pool([y[:, q] for q in range(images.phases)])
         return FirstTape(images, kernel, scale, r, moved, y), out.view(*images.grid, -1)
 
-    def _first_back(self, tape: FirstTape, to_x: Tensor, into: dict[str, Tensor], together: bool) -> None:
-        to_extended = tape.to_extended = self._to_extended(tape, to_x)
+    def _first_back(
+        self, tape: FirstTape, to_x: Tensor, into: dict[str, Tensor], together: bool, products: bool
+    ) -> None:
+        to_extended = tape.to_extended = self._to_extended(tape, to_x, last=not products)
         to_kernel, to_shift = to_extended[:, :-1], to_extended[:, -1]
         to_a = (to_kernel * tape.kernel).sum(-2, keepdim=True)
         slope = tape.scale * tape.r.pow(3) * to_a  # −2 v̄
         found = to_kernel * (tape.scale * tape.r) - slope * tape.moved
         self._put_first(into, found, (to_a * tape.r)[:, 0], to_shift, together)
 
-    def _to_extended(self, tape: FirstTape, to_x: Tensor) -> Tensor:
-        spread = to_x.reshape(to_x.shape[0], 1, -1, to_x.shape[-1]) * tape.masks
+    def _to_extended(self, tape: FirstTape, to_x: Tensor, last: bool = False) -> Tensor:
+        """last: nobody needs the masks any more, the network's tallest tensor."""
+        to_x = to_x.reshape(to_x.shape[0], 1, -1, to_x.shape[-1])
+        spread = tape.masks.mul_(to_x) if last else tape.masks * to_x
         return product(tape.images.rows.mT, spread.flatten(1, 2))
 
     def _first_tangent(self, tape: FirstTape, v: Mapping[str, Tensor]) -> Tensor:

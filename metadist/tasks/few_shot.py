@@ -8,6 +8,7 @@ makes four classes of each (Santoro et al. 2016 do so with Omniglot), anew in ev
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -85,8 +86,8 @@ class FewShot:
         self._largest_class, self._largest_pool = max(int(count.max()) for count in counts), max(pool_size)
         self.classes = classes
         self._start, self._count, self._source = (torch.cat(x).to(self.device) for x in (starts, counts, sources))
-        self._pool_first, self._pool_size, self._pool_offset, self._pools, self._weights = (
-            torch.tensor(x, device=self.device) for x in (pool_first, pool_size, pool_offset, pools, list(weights))
+        self._pool_first, self._pool_size, self._pool_offset, self._pools, self._lots = (
+            torch.tensor(x, device=self.device) for x in (pool_first, pool_size, pool_offset, pools, list(accumulate(weights)))
         )
         self._labels = torch.arange(ways, device=self.device)
         self._turned = _turned(height, width).to(self.device) if rotate else None
@@ -101,9 +102,8 @@ class FewShot:
     def _drawn(self, step: Counter, first: Counter, tasks: int) -> tuple[Tensor, Tensor, Tensor]:
         """Classes, rows and the pool, int64 [tasks], that the classes come from."""
         task = self._keys(step, first, tasks)
-        total = self._weights.cumsum(0)
-        lot = below(key_of(task, _SOURCE), 0, total[-1])
-        source = torch.searchsorted(total, lot, right=True)
+        lot = below(key_of(task, _SOURCE), 0, self._lots[-1])
+        source = torch.searchsorted(self._lots, lot, right=True)
         pool = self._pool_offset[source] + below(key_of(task, _POOL), 0, self._pools[source])
         size = self._pool_size[pool]
         classes = self._pool_first[pool][:, None] + distinct(
