@@ -163,3 +163,13 @@ def test_a_direct_run_reads_a_job_with_the_submissions_keys(
     path.write_text("jobs: {retries: 1}\nstorage: s3://bucket/runs\n")
     assert load(path).jobs.retries == 1
     assert cli("train", path, "--dry-run").code == 0
+
+
+def test_what_waits_on_the_head_is_small() -> None:
+    """An entry point for every job that runs: no torch and no Ray in it."""
+    code = (
+        "import sys, metadist.submit.supervisor\nfrom metadist.submit.submission import submission\n"
+        "submission(['quickstart'])\nprint({'torch', 'ray', 'mlflow'} & sys.modules.keys())"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told == "set()\n"

@@ -94,6 +94,7 @@ def stored_step(tmp_path: Path, id: str, least: int) -> Callable[[], bool]:
     return lambda: any(int(path.parent.name[5:]) >= least for path in folder.glob("step-*/checkpoint.json"))
 
 
+@pytest.mark.chaos
 def test_a_killed_process_is_started_again_at_most_so_often(
     enter: Callable[..., Entry], tiny_job: Path, tmp_path: Path, long_overrides: tuple[str, ...], long_hash: str,
     wait_until: Callable[..., Any], process_of: Callable[..., int], result: Callable[[str], dict[str, Any]],
@@ -117,6 +118,7 @@ def test_a_killed_process_is_started_again_at_most_so_often(
     assert not (tmp_path / "cache" / "jobs" / "b").exists(), "it is stored; the host keeps no second copy"
 
 
+@pytest.mark.chaos
 def test_sigterm_keeps_the_step_and_another_host_goes_on(
     enter: Callable[..., Entry], tiny_job: Path, tmp_path: Path, wait_until: Callable[..., Any], cache: Path,
     result: Callable[[str], dict[str, Any]], long_overrides: tuple[str, ...], long_hash: str,
@@ -137,6 +139,7 @@ def test_sigterm_keeps_the_step_and_another_host_goes_on(
     assert result("a")["steps_recomputed"] == 0
 
 
+@pytest.mark.chaos
 def test_a_killed_entry_point(
     enter: Callable[..., Entry], tiny_job: Path, tmp_path: Path, wait_until: Callable[..., Any],
     process_of: Callable[..., int], long_overrides: tuple[str, ...], long_hash: str, is_alive: Callable[[int], bool],
@@ -199,6 +202,7 @@ def test_ends_that_come_again_are_not_tried_again(
     assert "Traceback" not in entry.said
 
 
+@pytest.mark.chaos
 def test_another_config_under_the_same_id_is_refused(
     enter: Callable[..., Entry], tiny_job: Path, tmp_path: Path
 ) -> None:
@@ -209,12 +213,13 @@ def test_another_config_under_the_same_id_is_refused(
     assert "with another config or other code; choose another --id" in entry.said
 
 
+@pytest.mark.chaos
 def test_a_storage_that_is_away_ends_the_job_but_not_the_run(
     enter: Callable[..., Entry], tiny_job: Path, tmp_path: Path, wait_until: Callable[..., Any]
 ) -> None:
     """It goes away after the beginning: what was computed is named, and stays on the host."""
     storage = tmp_path / "storage"
-    entry = enter(tiny_job, *ENDLESS[1:], "outer.steps=3000", f"storage={storage}", "--id=a")
+    entry = enter(tiny_job, *ENDLESS[1:], "outer.steps=500", f"storage={storage}", "--id=a")
     wait_until(stored_step(tmp_path, "a", 10), 60, "a stored checkpoint")
     shutil.move(storage, tmp_path / "away")
     storage.write_text("")
@@ -222,4 +227,4 @@ def test_a_storage_that_is_away_ends_the_job_but_not_the_run(
     folder = tmp_path / "cache" / "jobs" / "a"
     assert "tried again with the next checkpoint" in entry.said
     assert f"the results are in {folder}" in entry.said
-    assert json.loads((folder / "result.json").read_text())["meta_steps"] == 3000
+    assert json.loads((folder / "result.json").read_text())["meta_steps"] == 500
