@@ -70,17 +70,14 @@ def submit(
 def list_jobs(address: Address = None) -> None:
     """Name every job, and how it stands."""
     with told_in_one_line():
-        from rich.console import Console
-        from rich.table import Table
-
         from metadist.submit.client import connect
 
-        server = connect(address)
-        table = Table("job", "verb", "state", "submitted", "seconds", "attempts")
-        newest = {one.job: one for one in server.attempts()}
-        for one in newest.values():
-            table.add_row(one.job, one.verb, _state(one), _clock(one.began), f"{_seconds(one):.0f}", str(one.number))
-        Console().print(table)
+        newest = {one.job: one for one in connect(address).attempts()}
+        width = max(map(len, newest), default=0)
+        line = f"{{:{width}}}  {{:9}}  {{:19}}  {{:>8}}  {{:>8}}  {{}}"
+        print(line.format("job", "verb", "submitted", "seconds", "attempts", "state"))
+        for job, one in newest.items():
+            print(line.format(job, one.verb, _clock(one.began), f"{_seconds(one):.0f}", one.number, _state(one)))
 
 
 @app.command()
@@ -165,9 +162,7 @@ def _follow(server: "Server", attempt: "Attempt", as_json: bool) -> None:
     try:
         follow(server, attempt.submission, lambda line: print(line, flush=True), as_json)
     except KeyboardInterrupt:
-        print(
-            f"\n{attempt.job} goes on; metadist jobs logs {attempt.job} --follow, or metadist jobs stop {attempt.job}"
-        )
+        print(f"\n{attempt.job} goes on; `metadist jobs stop {attempt.job}` ends it behind a checkpoint")
         raise typer.Exit(130) from None
     ended = server.last(attempt.submission)
     if ended.code is None and ended.state == "FAILED":

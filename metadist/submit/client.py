@@ -6,6 +6,7 @@ The only file of this room that imports Ray.
 import contextlib
 import http.client
 import json
+import logging
 import os
 import platform
 import shlex
@@ -109,10 +110,8 @@ class Server:
             with contextlib.suppress(RuntimeError, ClusterError), self._answering():
                 self._client.delete_job(name)
         if status != "SUCCEEDED":
-            lines = [line for line in printed.splitlines() if line.startswith("error: ")]
-            raise RunError(
-                lines[-1].removeprefix("error: ") if lines else f"{name}: {status.lower()}: {printed[-500:]}"
-            )
+            told = [line.removeprefix("error: ") for line in printed.splitlines() if line.startswith("error: ")]
+            raise RunError(told[-1] if told else f"{name}: {status.lower()}: {printed[-500:]}")
         return printed
 
     def stop(self, name: str) -> None:
@@ -192,6 +191,7 @@ def connect(address: str | None) -> Server:
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
+        _quiet()
         try:
             server = Server(place, JobSubmissionClient(place))
         except AuthenticationError as error:
@@ -202,6 +202,12 @@ def connect(address: str | None) -> Server:
             raise ClusterError(f"--address: no cluster answers at {place}: {_first(error)}") from error
     refuse_other_versions(server.versions(), place)
     return server
+
+
+def _quiet() -> None:
+    """Ray's client tells of every package and every connection."""
+    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
 
 
 def refuse_other_versions(there: dict[str, str], place: str) -> None:

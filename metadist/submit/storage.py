@@ -58,7 +58,7 @@ class Storage:
         """Bring the copy up to date with a folder that others write meanwhile. Raises StorageError."""
         with self._told("cannot be written"):
             there = self.files() if self._there is None else self._there
-            here = sorted(_files(folder), key=_order)
+            here = sorted(files_of(folder), key=_order)
             for name in here:
                 self._send(folder / name, name, there)
             for name in sorted(there.keys() - {*here}, key=_order, reverse=True):
@@ -70,7 +70,7 @@ class Storage:
         """Copy what is new in a part of the folder, and remove nothing. Raises StorageError."""
         with self._told("cannot be written"):
             there = self.files() if self._there is None else self._there
-            for name in sorted(_files(folder)):
+            for name in sorted(files_of(folder)):
                 if name.startswith(f"{part}/"):
                     self._send(folder / name, name, there)
             self._there = there
@@ -144,7 +144,7 @@ class Storage:
             raise RunError(f"{self.root}/{SUBMISSION}: is damaged; remove it, or choose another --id") from error
 
 
-def _files(folder: Path) -> list[str]:
+def files_of(folder: Path) -> list[str]:
     """Names of all files below a folder, without locks and files that are being written."""
     found = []
     for place, folders, names in os.walk(folder):

@@ -1,6 +1,7 @@
 """What is submitted: a person's words become one job for a cluster, checked, with an id of its own.
 
-The entry point on the cluster reads its own words by the same function.
+The entry point on the cluster reads its own words by the same function. It stays there as long as the job does, so a
+training, most of all jobs, brings no torch with it.
 """
 
 import difflib
@@ -26,11 +27,6 @@ from metadist.config import (
 )
 from metadist.data.sources import check as check_source
 from metadist.errors import ConfigError
-from metadist.evaluate import OVERRIDABLE
-from metadist.reproduce.published import chosen, read_table
-from metadist.reproduce.rows import overrides_of
-from metadist.search import job as searches
-from metadist.search.run import refuse_place
 from metadist.submit.package import JOB, code_hash
 from metadist.tracking.destination import check_uri
 
@@ -124,6 +120,9 @@ def _training(name: str, overrides: Sequence[str]) -> Config:
 
 
 def _search(name: str, overrides: Sequence[str]) -> tuple[str, Config]:
+    from metadist.search import job as searches
+    from metadist.search.run import refuse_place
+
     asked = dict(map(parse_override, overrides))
     raw = with_keys(read_yaml(find_job(name)), {**asked, "cluster.address": "auto"})
     job = searches.checked(raw, name)
@@ -146,6 +145,8 @@ def _check_run(config: Config) -> None:
 
 def _check_evaluation(run: str, overrides: Sequence[str], options: Options) -> None:
     """What can be known without the run's own config."""
+    from metadist.evaluate import OVERRIDABLE
+
     if not NAME.fullmatch(run):
         raise ConfigError(f"{run!r} is no id of a run; `metadist jobs list` has them")
     if options.split not in ("test", "val"):
@@ -160,6 +161,9 @@ def _check_evaluation(run: str, overrides: Sequence[str], options: Options) -> N
 
 
 def _check_table(name: str, overrides: Sequence[str], options: Options) -> None:
+    from metadist.reproduce.published import chosen, read_table
+    from metadist.reproduce.rows import overrides_of
+
     table = read_table(name)
     for line in chosen(table, options.budget, options.methods, options.settings):
         _training(line.job, overrides_of(table, line, options.budget, overrides))

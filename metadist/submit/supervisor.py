@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from metadist.data.files import cache_folder
-from metadist.durable import storage_errors
+from metadist.durable import storage_errors, write
 from metadist.errors import ConfigError, Divergence, MetadistError, RunError, StorageError
-from metadist.submit.storage import Storage
+from metadist.submit.storage import Storage, files_of
 from metadist.submit.submission import Options, Submission, submission
 from metadist.tracking import log
 
@@ -40,6 +40,12 @@ FORWARD_SECONDS = 1.0
 
 FINAL = (ConfigError.exit_code, Divergence.exit_code)
 """Ends that come again, however often it is started."""
+
+MARKS = ("checkpoint.json", "result.json", "ledger.jsonl", "table.md")
+"""Files that a checkpoint, a run, a trial or a row ends with."""
+
+WIDTH = "120"
+"""Of tables in a log."""
 
 STOPPED = 128 + signal.SIGTERM
 
@@ -88,7 +94,7 @@ class Supervisor:
     def _once(self, lock: int) -> int:
         """Start the process, look after it, return its exit code."""
         words = self._words()
-        environment = {**os.environ, **({log.FORMAT: "json"} if words[0] == "train" else {})}
+        environment = {**os.environ, "COLUMNS": WIDTH, **({log.FORMAT: "json"} if words[0] == "train" else {})}
         command = [sys.executable, "-c", "from metadist.cli import main; main()", *words]
         self._process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment,
@@ -111,12 +117,19 @@ class Supervisor:
         job, folder = self.job, str(self.folder)
         if job.verb in ("train", "search"):
             begun = (self.folder / {"train": "config.yaml", "search": "search.yaml"}[job.verb]).is_file()
-            return [job.verb, *(["--resume", folder] if begun else [job.words[1], "--run-dir", folder])]
+            return [job.verb, *(["--resume", folder] if begun else [str(self._job_file()), "--run-dir", folder])]
         _, name, *rest = job.words
         rest = [word for word in rest if not word.startswith(("jobs.", "storage="))]
         if job.verb == "evaluate":
             return [job.verb, folder, *rest]
         return [job.verb, name, "cluster.address=auto", *rest, f"--out={folder}"]
+
+    def _job_file(self) -> Path:
+        """The resolved job, where this host's process reads it."""
+        assert self.job.job is not None
+        path = self.folder.with_name(f"{self.job.id}.yaml")
+        write(path, self.job.job.encode())
+        return path
 
     def _stop(self, *_: object) -> None:
         self.stopped = True
@@ -191,7 +204,7 @@ class Supervisor:
 
     def _mirror_if_due(self) -> None:
         """Where a checkpoint, a trial or a row has come since the last time."""
-        now = sorted(path.stat().st_mtime_ns for path in self._marks())
+        now = self._marks()
         if now == self._seen:
             return
         try:
@@ -201,9 +214,14 @@ class Supervisor:
             self.say(f"{error}; tried again with the next checkpoint", "warning")
             self._seen = now
 
-    def _marks(self) -> Iterator[Path]:
-        for name in ("checkpoint.json", "result.json", "ledger.jsonl", "table.md"):
-            yield from self.folder.rglob(name)
+    def _marks(self) -> list[tuple[str, int]]:
+        """What says that something is complete, and since when."""
+        found = []
+        for name in files_of(self.folder):
+            if name.rpartition("/")[2] in MARKS:
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((name, (self.folder / name).stat().st_mtime_ns))
+        return sorted(found)
 
     def _mirror(self) -> None:
         if self.job.verb == "evaluate":
@@ -228,7 +246,8 @@ class Supervisor:
                 time.sleep(pause)
         self.say(f"stored in {self.storage.place}: {self.job.run}")
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.with_name(f"{self.job.id}.writer").unlink(missing_ok=True)
+        for suffix in (".writer", ".yaml"):
+            self.folder.with_name(f"{self.job.id}{suffix}").unlink(missing_ok=True)
 
     def _wait_for_group(self) -> None:
         """Until all that the process has started has ended too: a row of a table keeps its own checkpoint."""

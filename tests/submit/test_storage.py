@@ -1,0 +1,135 @@
+"""A run's folder in a storage: whole, or resumable from, whenever the copying was broken off."""
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metadist.errors import RunError, StorageError
+from metadist.run import resume
+from metadist.runtime.checkpoint import newest_good
+from metadist.submit import storage as of
+from metadist.submit.storage import Storage
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Of all files but those that a run keeps to itself."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if not path.name.startswith(".")}
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A local folder, or one of an S3-compatible server; empty."""
+    if request.param == "folder":
+        return str(tmp_path / "storage")
+    for name, value in request.getfixturevalue("keys").items():
+        monkeypatch.setenv(name, value)
+    found: str = request.getfixturevalue("bucket").replace("/runs?", f"/{tmp_path.name}?")
+    return found
+
+
+def test_a_run_comes_back_as_it_was(place: str, tiny_copy: Path, tmp_path: Path) -> None:
+    storage = Storage(place, "a")
+    assert storage.submission() is None
+    assert not storage.restore(tmp_path / "back")
+    storage.begin({"id": "a"}, tmp_path / "passing.json")
+    storage.mirror(tiny_copy)
+    there = Storage(place, "a")
+    assert there.submission() == {"id": "a"}
+    assert there.restore(tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tiny_copy)
+    assert not Storage(place, "b").restore(tmp_path / "other"), "another run has nothing of it"
+
+
+def test_what_a_run_removes_is_removed(place: str, tiny_copy: Path, tmp_path: Path) -> None:
+    """By the process that copied it and by a later one; what changed is copied again."""
+    for number, storage in enumerate((first := Storage(place, "a"), first, Storage(place, "a"))):
+        if number:
+            oldest = min((tiny_copy / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
+            shutil.rmtree(oldest)
+            (tiny_copy / "config.yaml").write_text(f"changed: {number}\n")
+        storage.mirror(tiny_copy)
+        assert set(storage.files()) == set(contents(tiny_copy))
+    assert Storage(place, "a").restore(tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tiny_copy)
+
+
+class BrokenOff(Exception):
+    """The host is gone."""
+
+
+def test_copying_that_is_broken_off_anywhere_leaves_a_good_checkpoint(
+    tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_run: Any
+) -> None:
+    """A finished run over what was stored behind step 8: after each copy and each removal, as far as it came."""
+    before = tmp_path / "before"
+    shutil.copytree(tiny_copy, before)
+    for name in ("result.json", "theta.safetensors", "best.safetensors", "checkpoints/step-12"):
+        path = before / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.copytree(before / "checkpoints" / "step-4", before / "checkpoints" / "step-2")  # not in the finished one
+    real_copy, real_delete = of.copy, Storage._remove
+    ends = 0
+    for most in itertools.count():
+        place = str(tmp_path / f"storage-{most}")
+        Storage(place, "a").mirror(before)
+        left = iter(range(most))
+
+        def copy(*given: Any, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise BrokenOff
+            real_copy(*given)
+
+        def remove(*given: Any, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise BrokenOff
+            real_delete(*given)
+
+        monkeypatch.setattr(of, "copy", copy)
+        monkeypatch.setattr(Storage, "_remove", remove)
+        try:
+            Storage(place, "a").mirror(tiny_copy)
+            ends += 1
+        except BrokenOff:
+            pass
+        monkeypatch.setattr(of, "copy", real_copy)
+        monkeypatch.setattr(Storage, "_remove", real_delete)
+        back = tmp_path / f"back-{most}"
+        assert Storage(place, "a").restore(back)
+        found = newest_good(back / "checkpoints", lambda line: None)
+        assert found is not None
+        assert found[0].step in (8, 12)
+        if (back / "result.json").is_file():
+            assert found[0].step == 12
+            assert (back / "theta.safetensors").is_file()
+        if most in (3, 6, 8):
+            assert resume(back, []).result["theta_sha256"] == tiny_run.result["theta_sha256"]
+        if ends:
+            break
+    assert most > 8
+
+
+def test_a_place_that_takes_or_has_nothing(tiny_copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"storage: .*file/below cannot be written"):
+        Storage(str(tmp_path / "file" / "below"), "a").mirror(tiny_copy)
+    with pytest.raises(StorageError, match=r"storage: nfs://a: .* valid: a folder, or a URI"):
+        Storage("nfs://a", "a")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "submission.json").write_text("{")
+    with pytest.raises(RunError, match="damaged"):
+        Storage(str(tmp_path), "a").submission()
+
+
+def test_a_server_that_is_not_there(
+    free_port: Callable[[], int], keys: dict[str, str], monkeypatch: pytest.MonkeyPatch, tiny_copy: Path
+) -> None:
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value)
+    place = f"s3://results/a?scheme=http&endpoint_override=127.0.0.1%3A{free_port()}&region=us-east-1"
+    with pytest.raises(StorageError, match="storage: s3://results/a"):
+        Storage(place, "a").files()
