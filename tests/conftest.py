@@ -267,6 +267,12 @@ def end_with_descendants(process: "subprocess.Popen[bytes]") -> None:
 
 
 @pytest.fixture(scope="session")
+def end_process() -> Callable[["subprocess.Popen[bytes]"], None]:
+    """Ends a process and everything that it started."""
+    return end_with_descendants
+
+
+@pytest.fixture(scope="session")
 def find_processes() -> Callable[[int, str], list[int]]:
     """Process ids below a process whose command line begins with a name, such as an actor's."""
 

@@ -7,27 +7,26 @@ for the driver.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
+
+import numpy as np
 
 from metadist.spans import MOST, Phase, Span, Spans, now
 
 DRIVER, AGGREGATOR, PROCESS = "driver", "aggregator", "process"
 """Processes with a name of their own; the last one is all of them in one."""
 
-ORDER: tuple[tuple[str, Phase], ...] = (
-    ("", "sampling"),
-    ("", "sum"),
-    ("", "adapting"),
+OWN: tuple[Phase, ...] = ("sampling", "sum", "adapting", "transfer")
+"""What a worker's own spans say its time was: the first that is open."""
+
+BEHIND: tuple[tuple[str, Phase], ...] = (
     (DRIVER, "validation"),
     (DRIVER, "checkpoint"),
     (AGGREGATOR, "sum"),
     (AGGREGATOR, "outer step"),
-    ("", "transfer"),
 )
-"""Whose spans, a worker's own without a name, say what its time was: the first that has one."""
-
-PLACE = {whose: place for place, whose in enumerate(ORDER)}
+"""Whose spans say what goes on behind a worker that does nothing itself: the first that is open."""
 
 PHASES: tuple[Phase, ...] = (
     "sampling", "adapting", "transfer", "sum", "outer step", "waiting", "validation", "checkpoint",
@@ -92,28 +91,56 @@ class Account:
         for process, spans in taken.spans.items():
             self._kept.setdefault(process, []).extend(spans)
         total = dict.fromkeys(PHASES, 0.0)
+        idle: dict[Phase, list[tuple[float, float]]] = {"transfer": [], "waiting": []}
         for worker in taken.workers:
-            for phase, seconds in self._of(worker, begin, self.begin).items():
-                total[phase] += seconds / len(taken.workers)
+            own = [(OWN.index(span.phase), span) for span in self._kept.get(worker, ()) if span.phase in OWN]
+            for at, until, place in _stretches(own, begin, self.begin):
+                phase: Phase = "waiting" if place is None else OWN[place]
+                if phase in idle:
+                    idle[phase].append((at, until))
+                else:
+                    total[phase] += until - at
+        behind = self._behind(begin)
+        for phase, stretches in idle.items():
+            at, until = np.array(stretches).reshape(-1, 2).T
+            total[phase] += float((until - at).sum())
+            for place, (_, other) in enumerate(BEHIND):
+                sofar = np.interp(until, behind[:, 0], behind[:, 1 + place])
+                spent = float((sofar - np.interp(at, behind[:, 0], behind[:, 1 + place])).sum())
+                total[other] += spent
+                total[phase] -= spent
         later = {process: [span for span in spans if span.end > self.begin] for process, spans in self._kept.items()}
         self._kept = {process: spans for process, spans in later.items() if spans}
-        return total
+        return {phase: seconds / max(1, len(taken.workers)) for phase, seconds in total.items()}
 
-    def _of(self, worker: str, begin: float, end: float) -> dict[Phase, float]:
-        """One worker's: at any time the open span that comes first in `ORDER`."""
-        changes: list[tuple[float, int, int]] = []
-        for whose, process in (("", worker), (DRIVER, DRIVER), (AGGREGATOR, AGGREGATOR)):
-            for span in self._kept.get(process, ()):
-                place = PLACE.get((whose, span.phase))
-                if place is not None and span.begin < end and span.end > begin and span.begin < span.end:
-                    changes += [(max(span.begin, begin), 1, place), (min(span.end, end), -1, place)]
-        changes.sort()
-        found, opened, at = dict.fromkeys(PHASES, 0.0), [0] * len(ORDER), begin
-        for time, change, place in changes:
-            if time > at:
-                first = next((phase for (_, phase), n in zip(ORDER, opened, strict=True) if n), None)
-                found[first or "waiting"] += time - at
-                at = time
-            opened[place] += change
-        found["waiting"] += end - at
-        return found
+    def _behind(self, begin: float) -> np.ndarray:
+        """Rows of a time and, for each of `BEHIND`, how many seconds it had been from `begin` to then."""
+        spans = [
+            (place, span)
+            for place, (process, phase) in enumerate(BEHIND)
+            for span in self._kept.get(process, ())
+            if span.phase == phase
+        ]
+        rows = [[begin, *(0.0 for _ in BEHIND)]]
+        for at, until, place in _stretches(spans, begin, self.begin):
+            row = [until, *rows[-1][1:]]
+            if place is not None:
+                row[1 + place] += until - at
+            rows.append(row)
+        return np.array(rows)
+
+
+def _stretches(
+    spans: Iterable[tuple[int, Span]], begin: float, end: float
+) -> Iterator[tuple[float, float, int | None]]:
+    """Begin to end in pieces, each with the first place that is open in it."""
+    changes = [(end, 0, 0)]
+    for place, span in spans:
+        if begin < span.end and span.begin < end:
+            changes += [(max(span.begin, begin), 1, place), (min(span.end, end), -1, place)]
+    opened, at = [0] * max(len(OWN), len(BEHIND)), begin
+    for time, change, place in sorted(changes):
+        if time > at:
+            yield at, time, next((first for first, number in enumerate(opened) if number), None)
+            at = time
+        opened[place] += change
