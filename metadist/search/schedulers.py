@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from metadist.measure import Measure
 from metadist.search.job import SearchJob
 from metadist.search.state import Trial
 
@@ -38,11 +39,17 @@ def asha(job: SearchJob, trials: Sequence[Trial], trial: Trial, step: int, score
     cutoff = float(np.percentile(known, 100 * (1 - 1 / job.search.reduction)))
     if math.isfinite(score) and sign * score >= cutoff:
         return ""
-    measure = job.measure
+    mine, limit = _apart(job.measure, score, sign * cutoff)
     return (
-        f"{measure.show(score)} at step {step} is not among the best 1/{job.search.reduction} of "
-        f"{len(known) + 1} trials, from {measure.show(sign * cutoff)} on"
+        f"{mine} at step {step} is not among the best 1/{job.search.reduction} of {len(known) + 1} trials, "
+        f"from {limit} on"
     )
+
+
+def _apart(measure: Measure, one: float, other: float) -> tuple[str, str]:
+    """Both as a person reads them, with more digits where they would look alike."""
+    both = [(measure.show(one, digits), measure.show(other, digits)) for digits in (1, 2, 3, 4)]
+    return next((pair for pair in both if pair[0] != pair[1]), both[0])
 
 
 def rungs(job: SearchJob) -> list[int]:

@@ -76,6 +76,11 @@ def test_two_hosts_decide_what_one_machine_does(
         for result in ended:
             assert any("@" in worker for worker in result["shards_by_worker"]), "a worker on another host"
             assert any("@" not in worker for worker in result["shards_by_worker"]), "and one on the driver's"
+        words = ("cluster.workers=0", "search.trials=1", "outer.steps=20", f"cluster.address={place.address}")
+        driver = start(place, "search", job, *words, "--run-dir", tmp_path / "here")
+        assert driver.process.wait(120) == 0, driver.said
+        assert "cluster.workers=0: trials compute on this host alone, at most 2 at once; with 1 or more" in driver.said
+        assert "lie on all 2 hosts of the cluster" in driver.said
         left = ("ray::Worker", "ray::TrialActor", "ray::Remote")
         wait_until(lambda: not any(place.on(host, name) for host in hosts for name in left), 30, "the end of them all")
     finally:

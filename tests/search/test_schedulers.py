@@ -6,7 +6,8 @@ import random
 import pytest
 from simulated_search import REGRESSION, job
 
-from metadist.search.schedulers import asha, fifo, median, rungs
+from metadist.measure import ACCURACY
+from metadist.search.schedulers import _apart, asha, fifo, median, rungs
 from metadist.search.state import Report, Trial
 
 
@@ -146,3 +147,9 @@ def test_a_reason_says_what_was_compared():
     assert median(job(scheduler="median"), others, new, 1, 0.25) == (
         "25.0 % at best up to step 1 is worse than 60.0 %, the median of 3 others"
     )
+
+
+def test_scores_that_look_alike_are_told_apart():
+    assert _apart(ACCURACY, 0.8541, 0.8544) == ("85.41 %", "85.44 %")
+    assert _apart(ACCURACY, 0.5, 0.9) == ("50.0 %", "90.0 %")
+    assert _apart(ACCURACY, 0.5, 0.5) == ("50.0 %", "50.0 %")

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from metadist.config import Config
+from metadist.config import Config, resolve
+from metadist.data.sources import prepare
+from metadist.runtime.cluster import places
 from metadist.search.job import load_search
 from metadist.search.run import size
 
@@ -18,6 +20,8 @@ SPACE = {"algorithm.inner_lr": {"grid": [0.2, 0.4]}, "algorithm.inner_steps": {"
 def job_file(tmp_path: Path, tiny: Callable[..., Config]) -> Path:
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump({"search": {"space": SPACE}, **tiny().model_dump(mode="json")}))
+    for source in tiny().data.sources:
+        prepare(source)  # that it is built is a line of its own
     return path
 
 
@@ -68,6 +72,19 @@ def test_size(job_file: Path) -> None:
     assert size(load_search(job_file, [space])) == (
         "4 combinations, each with any value of algorithm.inner_lr between its bounds"
     )
+
+
+def test_places_on_a_host(tiny: Callable[..., Config]) -> None:
+    host = {"CPU": 4.0, "node:a": 1.0, "disk": 1.0}
+    expected = {
+        (): 4,
+        ("cluster.cpus=1.5",): 2,
+        ("cluster.resources={disk: 1}",): 1,
+        ("cluster.resources={tape: 1}",): 0,
+        ("cluster.cpus=0", "cluster.workers=7"): 7,
+    }
+    for words, there in expected.items():
+        assert places(host, resolve(tiny(*words)).cluster) == there, words
 
 
 def test_the_packaged_search(tmp_path: Path) -> None:
