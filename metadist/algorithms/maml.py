@@ -28,7 +28,7 @@ from metadist.algorithms.context import Context
 from metadist.algorithms.descent import last, on_queries, on_support, predictors, walk
 from metadist.algorithms.objective import CLASSIFICATION, Objective
 from metadist.methods.gradient import Maml
-from metadist.models.closed_form import ClosedForm, closed_form
+from metadist.models.closed_form import ClosedForm, Found, closed_form
 from metadist.models.network import Params
 from metadist.tasks.episode import Episode, Examples
 
@@ -90,7 +90,7 @@ class MAML:
         images, support_y = network.images(episodes.support.x), episodes.support.y
         second = self.order == 2 and self.inner_steps > 0
         start = fast = network.laid_out(theta)
-        walked = []
+        walked: list[Found] = []
         for _ in range(self.inner_steps):
             here = network.gradient(fast, images, support_y, products=second)
             fast = {name: fast[name] - self.inner_lr * g for name, g in here.gradient.items()}

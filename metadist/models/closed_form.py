@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metadist.models.conv4 import BLOCKS, FEW_CHANNELS, Conv4
-from metadist.models.convolution import Windows, forwards, laid_out, patches, product, to_images, to_weight
+from metadist.models.convolution import Windows, forwards, laid_out, product, to_images, to_weight
 from metadist.models.network import Network, Params, Statistics
 from metadist.models.norm import EPSILON
 
@@ -51,12 +51,12 @@ def _offered(network: Conv4) -> bool:
 class Images(NamedTuple):
     """Of every task what the first layer needs of its images; the same in every inner step.
 
-    rows: [tasks, phases · positions, 9 · channels + 1], centred patches and a one; centre: [tasks, 1, 9 · channels];
+    columns: [tasks, 9 · channels + 1, phases · positions], centred patches and ones; centre: [tasks, 1, 9 · channels];
     covariance: [tasks, 9 · channels, 9 · channels]; grid: (tasks, n, rows, columns) behind the first block;
     phases: 4 pixels of a window, or 1.
     """
 
-    rows: Tensor
+    columns: Tensor
     centre: Tensor
     covariance: Tensor
     grid: tuple[int, int, int, int]
@@ -132,22 +132,26 @@ class ClosedForm:
 
     def images(self, x: Tensor) -> Images:
         """x: [tasks, n, channels, height, width]."""
-        tasks, n = x.shape[:2]
-        taken = patches(x.flatten(0, 1).permute(0, 2, 3, 1), 2 if self.strided else 1)
-        _, height, width, depth = taken.shape
-        centre = taken.view(tasks, -1, depth).mean(1, keepdim=True)
-        taken = taken.view(tasks, -1, depth) - centre
-        covariance = product(taken.mT, taken) / taken.shape[1]
-        taken = taken.view(tasks, n, height, width, depth)
-        phases = 1
+        tasks, n, channels, height, width = x.shape
+        stride, depth, phases = 2 if self.strided else 1, 9 * channels, 1
+        height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
+        padded = F.pad(x.transpose(1, 2), (1, 1, 1, 1))
+        taken = x.new_empty(tasks, 3, 3, channels, n, height, width)
+        for i in range(3):
+            for j in range(3):
+                taken[:, i, j] = padded[..., i : i + stride * height : stride, j : j + stride * width : stride]
+        flat = taken.view(tasks, depth, -1)
+        centre = flat.mean(-1, keepdim=True)
+        flat.sub_(centre)
+        covariance = product(flat, flat.mT) / flat.shape[-1]
         if not self.strided:
             # An odd last row or column is in the statistics, and in no window.
             height, width, phases = height // 2, width // 2, 4
-            taken = taken[:, :, : 2 * height, : 2 * width].reshape(tasks, n, height, 2, width, 2, depth)
-            taken = taken.permute(0, 3, 5, 1, 2, 4, 6)
-        rows = taken.new_ones(tasks, phases * n * height * width, depth + 1)
-        rows[..., :depth] = taken.reshape(tasks, -1, depth)
-        return Images(rows, centre, covariance, (tasks, n, height, width), phases)
+            taken = taken[..., : 2 * height, : 2 * width].reshape(tasks, depth, n, height, 2, width, 2)
+            taken = taken.permute(0, 1, 4, 6, 2, 3, 5)
+        columns = x.new_ones(tasks, depth + 1, phases * n * height * width)
+        columns[:, :depth] = taken.reshape(tasks, depth, -1)
+        return Images(columns, centre.mT, covariance, (tasks, n, height, width), phases)
 
     def gradient(
         self, params: Params, images: Images, y: Tensor, together: bool = False, products: bool = True
@@ -227,7 +231,7 @@ class ClosedForm:
         statistics["conv1.norm.variance"] = variance[:, 0]
         r = torch.rsqrt(variance + EPSILON)
         extended = torch.cat([kernel * (scale * r), shift.expand(r.shape)], 1)
-        y = product(images.rows, extended).view(r.shape[0], images.phases, -1, r.shape[-1])
+        y = product(images.columns.mT, extended).view(r.shape[0], images.phases, -1, r.shape[-1])
         out = _pool([y[:, q] for q in range(images.phases)])
         return FirstTape(images, kernel, scale, r, moved, y), out.view(*images.grid, -1)
 
@@ -245,14 +249,14 @@ class ClosedForm:
         """last: nobody needs the masks any more, the network's tallest tensor."""
         to_x = to_x.reshape(to_x.shape[0], 1, -1, to_x.shape[-1])
         spread = tape.masks.mul_(to_x) if last else tape.masks * to_x
-        return product(tape.images.rows.mT, spread.flatten(1, 2))
+        return product(tape.images.columns, spread.flatten(1, 2))
 
     def _first_tangent(self, tape: FirstTape, v: Mapping[str, Tensor]) -> Tensor:
         t_kernel, t_scale, t_shift = _first_of(v)
         t_r = -tape.r.pow(3) * (tape.moved * t_kernel).sum(-2, keepdim=True)
         t_a = t_scale * tape.r + tape.scale * t_r
         t_extended = torch.cat([t_kernel * (tape.scale * tape.r) + tape.kernel * t_a, t_shift], 1)
-        t_y = product(tape.images.rows, t_extended).view(tape.masks.shape)
+        t_y = product(tape.images.columns.mT, t_extended).view(tape.masks.shape)
         return t_y.mul_(tape.masks).sum(1).view(*tape.images.grid, -1)
 
     def _first_back_tangent(

@@ -87,7 +87,8 @@ class FewShot:
         self.classes = classes
         self._start, self._count, self._source = (torch.cat(x).to(self.device) for x in (starts, counts, sources))
         self._pool_first, self._pool_size, self._pool_offset, self._pools, self._lots = (
-            torch.tensor(x, device=self.device) for x in (pool_first, pool_size, pool_offset, pools, list(accumulate(weights)))
+            torch.tensor(x, device=self.device)
+            for x in (pool_first, pool_size, pool_offset, pools, list(accumulate(weights)))
         )
         self._labels = torch.arange(ways, device=self.device)
         self._turned = _turned(height, width).to(self.device) if rotate else None
