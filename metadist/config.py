@@ -715,7 +715,7 @@ def resolve(config: Config) -> Config:
 
     - `task.shard`: the largest divisor of the meta-batch that is at most 8 and, where
       the meta-batch allows, leaves 2 shards or more;
-    - `engine.mode`: graph for maml on cuda, else vectorised;
+    - `engine.mode`: vectorised;
     - `engine.device`: cuda where a GPU share is declared, or where the workers run on the
       driver's machine and it has a GPU for each of them; else cpu;
     - `cluster.cpus`: `engine.threads`;
@@ -735,12 +735,9 @@ def resolve(config: Config) -> Config:
         raise ConfigError(f"cluster.gpus: {gpus} reserves GPUs that engine.device=cpu would not use")
     if device == "cpu" and config.engine.precision == "tf32":
         raise ConfigError("engine.precision: tf32 is for engine.device=cuda; on cpu full and bf16 are valid")
-    mode = config.engine.mode
-    if mode == "auto":
-        mode = "graph" if device == "cuda" and config.whole_shards else "vectorised"
     return config.with_values(
         task={"shard": config.shard},
-        engine={"mode": mode, "device": device},
+        engine={"mode": "vectorised" if config.engine.mode == "auto" else config.engine.mode, "device": device},
         cluster={
             "cpus": float(config.engine.threads) if config.cluster.cpus == "auto" else config.cluster.cpus,
             "gpus": (share if device == "cuda" else 0.0) if gpus == "auto" else gpus,

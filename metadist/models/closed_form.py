@@ -28,7 +28,7 @@ from metadist.models.convolution import Windows, forwards, laid_out, product, to
 from metadist.models.network import Network, Params, Statistics
 from metadist.models.norm import EPSILON
 
-CACHE = 2**24
+CACHE = 2**25
 """Bytes of the largest tensor that a CPU makes: tasks whose tensors are larger are taken in turn."""
 
 
