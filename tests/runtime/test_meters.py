@@ -106,7 +106,7 @@ def test_a_profile_tells_where_all_the_time_went(tiny: Make, tiny_run: Any, tmp_
     assert profile["steps"] == 12
     assert tuple(profile["phases"]) == PHASES
     accounted, stepped = seconds(result, tmp_path / "run")
-    assert accounted == pytest.approx(stepped, rel=0.05, abs=0.02)
+    assert accounted == pytest.approx(stepped, rel=0.05, abs=0.05)
     assert profile["phases"]["transfer"] == 0
     for phase in ("sampling", "adapting", "sum", "outer step", "validation"):
         assert profile["phases"][phase] > 0
