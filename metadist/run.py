@@ -95,7 +95,6 @@ def resume(
     folder = RunFolder.open(run_dir)
     try:
         with Log() as log:
-            log.keep(run_dir)
             return _resume(run_dir, folder, overrides, started, watch, begin or start, log)
     finally:
         folder.unlock()
@@ -141,6 +140,7 @@ def _resume(
         if told:
             say(f"warning: the workers have {told}; the run goes on, but not to the same bits (reproducible: false)")
             record = record | {"reproducible": False}
+        log.keep(run_dir)  # what is refused leaves no trace
         folder.write_config(config)
         (run_dir / "result.json").unlink(missing_ok=True)
         return _run(config, tables, folder, runtime, best, record, started, watch, log)

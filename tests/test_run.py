@@ -31,8 +31,8 @@ Make = Callable[..., Config]
 
 def test_the_folder(tiny_run: Any) -> None:
     assert sorted(os.listdir(tiny_run.folder)) == [
-        ".lock", "best.safetensors", "checkpoints", "config.yaml", "metrics.parquet", "name", "result.json",
-        "theta.safetensors",
+        ".lock", "best.safetensors", "checkpoints", "config.yaml", "log.jsonl", "metrics.parquet", "name",
+        "result.json", "theta.safetensors",
     ]  # fmt: skip
     steps = {path.name for path in (tiny_run.folder / "checkpoints").iterdir()}
     assert {"step-12", "step-8"} <= steps, "the newest"

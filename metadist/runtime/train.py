@@ -130,8 +130,9 @@ class Trainer:
                     self._checkpoint(self.runtime.snapshot())
             if found is not None and self.watch is not None:  # last of all: what it decides on is complete
                 self.watch(done, found.score)
-        self.journal.flush()  # an aggregator lost in the last checkpoint is found here, where it can be replaced
-        return self.runtime.snapshot()()
+        with self.runtime.timeline.driver.of("checkpoint"):
+            self.journal.flush()  # an aggregator lost in the last checkpoint is found here, where it can be replaced
+            return self.runtime.snapshot()()
 
     def _log(self, report: Report, seconds: float, mark: float) -> None:
         if not report.finite:

@@ -106,7 +106,7 @@ def test_a_profile_tells_where_all_the_time_went(tiny: Make, tiny_run: Any, tmp_
     assert profile["steps"] == 12
     assert tuple(profile["phases"]) == PHASES
     accounted, stepped = seconds(result, tmp_path / "run")
-    assert accounted == pytest.approx(stepped, rel=0.05, abs=0.02)
+    assert accounted == pytest.approx(stepped, rel=0.05, abs=0.05)
     assert profile["phases"]["transfer"] == 0
     for phase in ("sampling", "adapting", "sum", "outer step", "validation"):
         assert profile["phases"][phase] > 0
@@ -165,3 +165,10 @@ def test_no_metric_is_defined_that_nothing_sets(tiny: Make, cluster: Any, tmp_pa
     assert 0 <= told.values["staleness",] <= 4
     accounted, stepped = seconds(result, tmp_path / "run")
     assert accounted == pytest.approx(stepped, rel=0.1, abs=0.1)
+
+
+def test_the_readme_has_every_metric() -> None:
+    text = (Path(metadist.run.__file__).parent / "runtime" / "README.md").read_text()
+    for name, metric in METRICS.items():
+        tags = ", ".join(f"`{tag}`" for tag in metric.tags)
+        assert f"| `{name}` | {metric.kind} | {metric.meaning} | {tags} |" in text

@@ -62,11 +62,10 @@ class Ray:
 
 def watched(actors: list[Actor], stopped: bool, wait_until: Any, until: Callable[[Ray], bool], **keys: Any) -> Any:
     ray, said = Ray(stopped), list[str]()
-    before = threading.active_count()
     watch = Watch(ray, lambda: actors, **{"silence": 0.06, "linger": None, "say": said.append} | keys)
     wait_until(lambda: until(ray), 20, "what the watch does")
     watch.close()
-    assert threading.active_count() == before
+    assert not any(thread.name == "watch" for thread in threading.enumerate())
     return ray, said
 
 
