@@ -79,11 +79,11 @@ class Supervisor:
     def _supervise(self, lock: int) -> int:
         deaths, most = 0, self.job.config.jobs.retries
         while True:
-            code = self._once(lock)
-            if self.stopped:
-                return STOPPED
+            code = STOPPED if self.stopped else self._once(lock)
             if code in (0, *FINAL):
                 return code
+            if self.stopped:
+                return STOPPED
             told = f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
             if deaths == most:
                 self.say(f"the process {told}; jobs.retries={most} are used up", "error")
@@ -100,6 +100,8 @@ class Supervisor:
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment,
             pass_fds=(lock,),
         )  # fmt: skip
+        if self.stopped:  # since we looked: it was not there to be told
+            self._forward()
         assert self._process.stdout is not None
         relay = threading.Thread(target=self._relay, args=(self._process.stdout,), daemon=True)
         relay.start()

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from metadist.submit.package import stage
 
 pytestmark = pytest.mark.own_cluster
 
-ENDLESS = ("outer.steps=1000000", "checkpoint.every=10", "eval.every=0", "eval.test=false")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -326,3 +327,43 @@ def test_a_search_and_a_table(
     assert ended.code == 0, ended
     assert cli("jobs", "fetch", "table", "--to", tmp_path / "table").code == 0
     assert (tmp_path / "table" / "short" / "table.md").is_file()
+
+
+@pytest.mark.chaos
+def test_the_commands_of_the_readme(
+    tmp_path: Path, free_port: Callable[[], int], one_cache: Path, find_processes: Callable[[int, str], list[int]],
+    is_alive: Callable[[int], bool], wait_until: Callable[..., Any],
+) -> None:  # fmt: skip
+    """As they stand, but for the ports."""
+    readme = (ROOT / "jobs" / "README.md").read_text()
+    commands = readme.partition("```bash\n")[2].partition("```")[0]
+    for port in ("6379", "8265"):
+        commands = commands.replace(port, str(free_port()))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {
+        "HOME": str(tmp_path), "METADIST_CACHE": str(tmp_path / "cache"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+    }  # fmt: skip
+    output = tmp_path / "output.txt"
+    with output.open("w") as file:
+        shell = subprocess.Popen(
+            ["bash", "-e"], stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT, env=environment,
+            cwd=tmp_path, start_new_session=True,
+        )  # fmt: skip
+    assert shell.stdin is not None
+    shell.stdin.write(commands.encode())
+    shell.stdin.close()
+    seen: set[int] = set()
+    try:
+        wait_until(lambda: seen.update(find_processes(shell.pid, "")) or shell.poll() is not None, 240, "the end")
+        said = output.read_text()
+        assert shell.returncode == 0, said
+        assert "first  " in said and "succeeded" in said
+        assert "fetched runs/first" in said
+        assert "5-way 5-shot" in said
+        assert json.loads((tmp_path / "runs" / "first" / "result.json").read_text())["meta_steps"] == 100
+        wait_until(lambda: not any(map(is_alive, seen)), 60, "the end of the head's processes")
+    finally:
+        for pid in filter(is_alive, seen):
+            os.kill(pid, signal.SIGKILL)
