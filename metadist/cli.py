@@ -408,7 +408,7 @@ def data_show(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(help="workers or search")],
+    suite: Annotated[str, typer.Argument(help="memory, scale, search or workers")],
     out: Annotated[Path | None, typer.Option(help="folder for bench.json, bench.parquet and bench.png")] = None,
 ) -> None:
     """Measure speed: a table, and with --out its figures as files."""

@@ -14,6 +14,7 @@ from metadist.data.table import Table
 from metadist.engine.compression import Compression
 from metadist.engine.device import settle
 from metadist.engine.exact import Part, quantise, scales
+from metadist.engine.fit import out_of_memory, too_large
 from metadist.engine.layout import Layout
 from metadist.engine.local import descend
 from metadist.engine.shard import ENGINES, JUDGES
@@ -84,9 +85,15 @@ class Engine:
         self._judged: dict[tuple[str, str], tuple[Sampler, Algorithm]] = {}
 
     def sums(self, theta: dict[str, Tensor], state: dict[str, Tensor], step: int, shard: int) -> dict[str, Tensor]:
-        """Float sums of one shard of a meta-step, by name."""
-        episodes = self.tasks.sample(step, shard * self.shard_tasks, self.shard_tasks)
-        return self._compute(self.algorithms.at(step), theta, state, episodes, self.tasks.ways, step)
+        """Float sums of one shard of a meta-step, by name. Raises RunError where it does not fit into memory."""
+        try:
+            episodes = self.tasks.sample(step, shard * self.shard_tasks, self.shard_tasks)
+            return self._compute(self.algorithms.at(step), theta, state, episodes, self.tasks.ways, step)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+        # Here the memory of what did not fit is free again.
+        raise too_large(self.config, [str(table.path) for table in self.tables])
 
     def flat(self, values: np.ndarray, step: int, shard: int) -> np.ndarray:
         """The same as one buffer [total], in the parameters' dtype, from flat θ and state."""
