@@ -94,12 +94,14 @@ class Task(Tree):
 class Model(Tree):
     """The network."""
 
-    name: Literal["stride2", "conv4", "conv4-fc", "mlp"] = Field("stride2", description="architecture")
-    width: Positive = Field(64, description="channels of a convolution, or units of an MLP layer")
+    name: Literal["stride2", "conv4", "conv4-fc", "resnet12", "mlp"] = Field("stride2", description="architecture")
+    width: Positive = Field(64, description="channels of a convolution, of resnet12's first block, or units of an MLP layer")
     hidden: Positive = Field(128, description="units of conv4-fc's first, and without head of its second, linear layer")
     layers: Positive = Field(2, description="hidden layers of mlp")
     norm: Literal["batch", "layer", "none"] = Field("batch", description="normalisation behind each hidden layer")
-    activation: Literal["relu", "softplus", "tanh"] = Field("relu", description="nonlinearity")
+    activation: Literal["relu", "leaky-relu", "softplus", "tanh"] = Field(
+        "relu", description="nonlinearity; resnet12's papers have leaky-relu, of slope 0.1"
+    )
     pool: Literal["max", "avg"] = Field("max", description="pooling of conv4 and conv4-fc")
     statistics: Literal["support", "running"] = Field(
         "support", description="where a batch norm takes its statistics from when queries are not normalised together"

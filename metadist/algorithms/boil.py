@@ -18,8 +18,9 @@ from torch import Tensor
 
 from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
 from metadist.algorithms.context import Context
-from metadist.algorithms.descent import last, on_queries, on_support, predictors, walk
+from metadist.algorithms.descent import Rates, SupportLoss, last, on_queries, on_support, predictors, walk
 from metadist.algorithms.objective import CLASSIFICATION, Objective
+from metadist.algorithms.recompute import descend_in_segments
 from metadist.methods.gradient import Boil as Keys
 from metadist.models.network import Params
 from metadist.tasks.episode import Episode, Examples
@@ -27,26 +28,35 @@ from metadist.tasks.episode import Episode, Examples
 
 @dataclass(frozen=True)
 class BOIL:
-    """inner_lr: α; inner_steps: K; order: 1 or 2."""
+    """inner_lr: α; inner_steps: K; order: 1 or 2; recompute: inner graphs are built again."""
 
     normalisation: Normalisation
     inner_lr: float
     inner_steps: int
     order: int = 2
     objective: Objective = CLASSIFICATION
+    recompute: bool = False
 
     def init(self, generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return self.normalisation.network.init(generator), self.normalisation.initial_state()
 
     def inner_loop(self, theta: Theta, support: Examples) -> Params:
         """θ with the body b_K."""
+        if self.recompute:
+            return descend_in_segments(self.support_loss, support, theta, self.rates(theta), self.inner_steps)
         return last(self.path(theta, support), self.inner_steps)
 
     def path(self, theta: Theta, support: Examples) -> Iterator[Params]:
         """θ with b_0, b_1, …."""
-        rates = {name: self.inner_lr for name in theta if not name.startswith("head.")}
-        loss = on_support(self.normalisation, self.objective, support)
-        return walk(loss, theta, rates, self.order)
+        return walk(self.support_loss(support), theta, self.rates(theta), self.order)
+
+    def support_loss(self, support: Examples) -> SupportLoss:
+        """L_S."""
+        return on_support(self.normalisation, self.objective, support)
+
+    def rates(self, theta: Theta) -> Rates:
+        """α of the body's parameters."""
+        return {name: self.inner_lr for name in theta if not name.startswith("head.")}
 
     def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
         return self.after(theta, state, support, ways, (self.inner_steps,))[0]
@@ -61,4 +71,11 @@ class BOIL:
 
 def build(method: Keys, context: Context) -> BOIL:
     """Of a config."""
-    return BOIL(context.normalisation, method.inner_lr, method.inner_steps, method.order, context.objective)
+    return BOIL(
+        context.normalisation,
+        method.inner_lr,
+        method.inner_steps,
+        method.order,
+        context.objective,
+        method.recompute,
+    )

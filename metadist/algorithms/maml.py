@@ -25,8 +25,9 @@ from torch import Tensor
 
 from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
 from metadist.algorithms.context import Context
-from metadist.algorithms.descent import last, on_queries, on_support, predictors, walk
+from metadist.algorithms.descent import Rates, SupportLoss, last, on_queries, on_support, predictors, walk
 from metadist.algorithms.objective import CLASSIFICATION, Objective
+from metadist.algorithms.recompute import descend_in_segments
 from metadist.methods.gradient import Maml
 from metadist.models.closed_form import ClosedForm, Found, closed_form
 from metadist.models.network import Params
@@ -35,7 +36,8 @@ from metadist.tasks.episode import Episode, Examples
 
 @dataclass(frozen=True)
 class MAML:
-    """inner_lr: α; inner_steps: K; order: 1 or 2; support_loss_weight: λ."""
+    """inner_lr: α; inner_steps: K; order: 1 or 2; support_loss_weight: λ; recompute: inner graphs are
+    built again."""
 
     normalisation: Normalisation
     inner_lr: float
@@ -43,18 +45,28 @@ class MAML:
     order: int = 2
     support_loss_weight: float = 0.0
     objective: Objective = CLASSIFICATION
+    recompute: bool = False
 
     def init(self, generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return self.normalisation.network.init(generator), self.normalisation.initial_state()
 
     def inner_loop(self, theta: Theta, support: Examples) -> Params:
         """φ_K."""
+        if self.recompute:
+            return descend_in_segments(self.support_loss, support, theta, self.rates(theta), self.inner_steps)
         return last(self.path(theta, support), self.inner_steps)
 
     def path(self, theta: Theta, support: Examples) -> Iterator[Params]:
         """φ_0, φ_1, …."""
-        loss = on_support(self.normalisation, self.objective, support)
-        return walk(loss, theta, dict.fromkeys(theta, self.inner_lr), self.order)
+        return walk(self.support_loss(support), theta, self.rates(theta), self.order)
+
+    def support_loss(self, support: Examples) -> SupportLoss:
+        """L_S."""
+        return on_support(self.normalisation, self.objective, support)
+
+    def rates(self, theta: Theta) -> Rates:
+        """α of every parameter."""
+        return dict.fromkeys(theta, self.inner_lr)
 
     def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
         return self.after(theta, state, support, ways, (self.inner_steps,))[0]
@@ -66,14 +78,14 @@ class MAML:
         fast = self.inner_loop(theta, episode.support)
         outcome = on_queries(self.normalisation, self.objective, fast, state, episode)
         if self.support_loss_weight:
-            before, _ = on_support(self.normalisation, self.objective, episode.support)(theta)
+            before, _ = self.support_loss(episode.support)(theta)
             outcome = outcome._replace(loss=outcome.loss + self.support_loss_weight * before)
         return outcome
 
     @cached_property
     def closed_form(self) -> ClosedForm | None:
-        """Of the network; queries with statistics of the support set are not of that form."""
-        if self.normalisation.queries != "together" or self.objective is not CLASSIFICATION:
+        """Of the network; queries with statistics of the support set, and graphs built again, are not of that form."""
+        if self.recompute or self.normalisation.queries != "together" or self.objective is not CLASSIFICATION:
             return None
         return closed_form(self.normalisation.network)
 
@@ -120,4 +132,5 @@ def build(method: Maml, context: Context) -> MAML:
         method.order,
         method.support_loss_weight,
         context.objective,
+        method.recompute,
     )

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
 from metadist.algorithms.context import Context
-from metadist.algorithms.descent import last, on_queries, on_support, predictors, walk
+from metadist.algorithms.descent import Rates, SupportLoss, last, on_queries, on_support, predictors, walk
 from metadist.algorithms.objective import CLASSIFICATION, Objective
+from metadist.algorithms.recompute import descend_in_segments
 from metadist.methods.gradient import MetaSgd as Keys
 from metadist.models.network import Params
 from metadist.tasks.episode import Episode, Examples
@@ -27,13 +28,14 @@ from metadist.tasks.episode import Episode, Examples
 
 @dataclass(frozen=True)
 class MetaSGD:
-    """inner_lr: every α at the start; inner_steps: K; order: 1 or 2."""
+    """inner_lr: every α at the start; inner_steps: K; order: 1 or 2; recompute: inner graphs are built again."""
 
     normalisation: Normalisation
     inner_lr: float
     inner_steps: int
     order: int = 2
     objective: Objective = CLASSIFICATION
+    recompute: bool = False
 
     def init(self, generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         start = self.normalisation.network.init(generator)
@@ -42,14 +44,22 @@ class MetaSGD:
 
     def inner_loop(self, theta: Theta, support: Examples) -> Params:
         """φ_K."""
+        if self.recompute:
+            return descend_in_segments(self.support_loss, support, *self.parts(theta), self.inner_steps)
         return last(self.path(theta, support), self.inner_steps)
 
     def path(self, theta: Theta, support: Examples) -> Iterator[Params]:
         """φ_0, φ_1, …."""
+        return walk(self.support_loss(support), *self.parts(theta), self.order)
+
+    def support_loss(self, support: Examples) -> SupportLoss:
+        """L_S."""
+        return on_support(self.normalisation, self.objective, support)
+
+    def parts(self, theta: Theta) -> tuple[Params, Rates]:
+        """φ_0 and α."""
         start = {name: value for name, value in theta.items() if not name.startswith("rate.")}
-        rates = {name: theta[f"rate.{name}"] for name in start}
-        loss = on_support(self.normalisation, self.objective, support)
-        return walk(loss, start, rates, self.order)
+        return start, {name: theta[f"rate.{name}"] for name in start}
 
     def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
         return self.after(theta, state, support, ways, (self.inner_steps,))[0]
@@ -64,4 +74,11 @@ class MetaSGD:
 
 def build(method: Keys, context: Context) -> MetaSGD:
     """Of a config."""
-    return MetaSGD(context.normalisation, method.inner_lr, method.inner_steps, method.order, context.objective)
+    return MetaSGD(
+        context.normalisation,
+        method.inner_lr,
+        method.inner_steps,
+        method.order,
+        context.objective,
+        method.recompute,
+    )

@@ -34,8 +34,9 @@ from torch import Tensor
 
 from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, State, Theta
 from metadist.algorithms.context import Context
-from metadist.algorithms.descent import last, on_queries, on_support, predictors, walk
+from metadist.algorithms.descent import Rates, SupportLoss, last, on_queries, on_support, predictors, walk
 from metadist.algorithms.objective import CLASSIFICATION, Objective
+from metadist.algorithms.recompute import descend_in_segments
 from metadist.methods.conditioned import TaskConditioned as Keys
 from metadist.models import build as build_network
 from metadist.models.layers import init_linear, linear
@@ -51,7 +52,8 @@ OWN = ("encoder.", "init.", "rate.")
 
 @dataclass(frozen=True)
 class TaskConditioned:
-    """encoder: g; shape: of its inputs; size: of an embedding; inner_lr: α; weight: λ; margin: m."""
+    """encoder: g; shape: of its inputs; size: of an embedding; inner_lr: α; weight: λ; margin: m;
+    recompute: inner graphs are built again."""
 
     normalisation: Normalisation
     encoder: Network
@@ -63,6 +65,7 @@ class TaskConditioned:
     weight: float = 1.0
     margin: float = 1.0
     objective: Objective = CLASSIFICATION
+    recompute: bool = False
 
     def init(self, generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         start, encoder = self.normalisation.network.init(generator), self.encoder.init(generator)
@@ -83,16 +86,24 @@ class TaskConditioned:
 
     def inner_loop(self, theta: Theta, e: Tensor, support: Examples) -> Params:
         """φ_K."""
+        if self.recompute:
+            return descend_in_segments(self.support_loss, support, *self.conditioned(theta, e), self.inner_steps)
         return last(self.path(theta, e, support), self.inner_steps)
 
     def path(self, theta: Theta, e: Tensor, support: Examples) -> Iterator[Params]:
         """φ_0, φ_1, …."""
+        return walk(self.support_loss(support), *self.conditioned(theta, e), self.order)
+
+    def support_loss(self, support: Examples) -> SupportLoss:
+        """L_S."""
+        return on_support(self.normalisation, self.objective, support)
+
+    def conditioned(self, theta: Theta, e: Tensor) -> tuple[Params, Rates]:
+        """φ_0 and α of a task."""
         start = {name: value for name, value in theta.items() if not name.startswith(OWN)}
         shift = {name: e @ theta[f"init.{name}"] for name in start}
         start = {n: value * (1 + shift[n]) if value.ndim > 1 else value + shift[n] for n, value in start.items()}
-        rates = {name: self.inner_lr * torch.exp(e @ theta[f"rate.{name}"]) for name in start}
-        loss = on_support(self.normalisation, self.objective, support)
-        return walk(loss, start, rates, self.order)
+        return start, {name: self.inner_lr * torch.exp(e @ theta[f"rate.{name}"]) for name in start}
 
     def adapt(self, theta: Theta, state: State, support: Examples, ways: int) -> Predictor:
         return self.after(theta, state, support, ways, (self.inner_steps,))[0]
@@ -144,4 +155,5 @@ def build(method: Keys, context: Context) -> TaskConditioned:
         method.contrastive_weight,
         method.margin,
         context.objective,
+        method.recompute,
     )

@@ -14,6 +14,7 @@ from metadist.data.table import Table
 from metadist.engine.compression import Compression
 from metadist.engine.device import precision, settle
 from metadist.engine.exact import Part, quantise, scales
+from metadist.engine.fit import out_of_memory, too_large
 from metadist.engine.layout import Layout
 from metadist.engine.local import descend
 from metadist.engine.program import Program
@@ -92,7 +93,16 @@ class Engine:
         self.programs = Staged(config, self._program) if config.engine.mode == "graph" else None
 
     def sums(self, theta: dict[str, Tensor], state: dict[str, Tensor], step: int, shard: int) -> dict[str, Tensor]:
-        """Float sums of one shard of a meta-step, by name."""
+        """Float sums of one shard of a meta-step, by name. Raises RunError where it does not fit into memory."""
+        try:
+            return self._sums(theta, state, step, shard)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+        # Here the memory of what did not fit is free again.
+        raise too_large(self.config, [str(table.path) for table in self.tables])
+
+    def _sums(self, theta: dict[str, Tensor], state: dict[str, Tensor], step: int, shard: int) -> dict[str, Tensor]:
         with precision(self.config.engine):
             with self.spans.of("sampling"):
                 episodes = self.tasks.sample(step, shard * self.shard_tasks, self.shard_tasks)

@@ -4,19 +4,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from metadist.methods.method import InnerLoop
+from metadist.methods.method import SecondOrder
 from metadist.tree import NonNegative, Number, Positive
 
 
-class TaskConditioned(InnerLoop):
+class TaskConditioned(SecondOrder):
     """A Siamese task encoder conditions the initialisation and the inner rates of MAML."""
 
     family = "task embedding"
     paper = "metadist, after MAML"
-    orders = "1 or 2"
     compares_tasks = True
     name: Literal["task-conditioned"] = "task-conditioned"
-    order: Literal[1, 2] = Field(2, description="1 drops the second derivatives of the inner loop")
     embedding: Positive = Field(32, description="numbers in the embedding of a task")
     encoder_width: Positive = Field(32, description="model.width of the task encoder, else a network like the model")
     contrastive_weight: NonNegative = Field(1.0, description="λ: of the contrastive loss over the pairs of a shard")

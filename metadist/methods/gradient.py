@@ -4,15 +4,14 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from metadist.methods.method import InnerLoop
+from metadist.methods.method import InnerLoop, SecondOrder
 from metadist.tree import Count, NonNegative, Positive, Rate
 
 
-class Maml(InnerLoop):
+class Maml(SecondOrder):
     """Model-agnostic meta-learning."""
 
     paper = "Finn, Abbeel & Levine 2017"
-    orders = "1 or 2"
     name: Literal["maml"] = "maml"
     order: Literal[1, 2] = Field(2, description="1 drops the second derivatives (FOMAML)")
     support_loss_weight: NonNegative = Field(0.0, description="λ: support loss of θ added to the meta-objective")
@@ -54,23 +53,19 @@ class Anil(InnerLoop):
     order: Literal[1, 2] = Field(2, description="1 drops the second derivatives")
 
 
-class Boil(InnerLoop):
+class Boil(SecondOrder):
     """Body only update in the inner loop: the head stays."""
 
     paper = "Oh, Yoo, Kim & Yun 2021"
-    orders = "1 or 2"
     name: Literal["boil"] = "boil"
-    order: Literal[1, 2] = Field(2, description="1 drops the second derivatives")
 
 
-class MetaSgd(InnerLoop):
+class MetaSgd(SecondOrder):
     """A learned rate for every element of θ."""
 
     paper = "Li, Zhou, Chen & Li 2017"
-    orders = "1 or 2"
     name: Literal["meta-sgd"] = "meta-sgd"
     inner_lr: Rate = Field(0.4, description="of every element at the start of meta-training")
-    order: Literal[1, 2] = Field(2, description="1 drops the second derivatives")
 
     @property
     def adapts_at_inner_lr(self) -> bool:

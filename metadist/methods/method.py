@@ -1,8 +1,8 @@
 """What every method's node of the config tree has."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from metadist.tree import Count, Rate, Tree
 
@@ -53,3 +53,21 @@ class InnerLoop(Algorithm):
     def adapts_at_inner_lr(self) -> bool:
         """Whether a trained one still reads `inner_lr`: not where it is only what learned rates began with."""
         return True
+
+
+class SecondOrder(InnerLoop):
+    """What methods have whose meta-gradient goes through the inner steps of the whole network."""
+
+    orders = "1 or 2"
+    order: Literal[1, 2] = Field(2, description="1 drops the second derivatives")
+    recompute: bool = Field(
+        False,
+        description="build the inner steps' graphs again, ⌈√K⌉ steps at a time, instead of keeping all K: less memory, "
+        "more time",
+    )
+
+    @model_validator(mode="after")
+    def _graphs_are_of_second_order(self) -> "SecondOrder":
+        if self.recompute and self.order == 1:
+            raise ValueError("recompute: with algorithm.order=1 no inner step's graph is kept; valid is false")
+        return self

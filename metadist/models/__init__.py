@@ -5,6 +5,7 @@ from metadist.errors import ConfigError
 from metadist.models.conv4 import Conv4
 from metadist.models.mlp import MLP
 from metadist.models.network import Network
+from metadist.models.resnet12 import ResNet12
 
 
 def build(model: Model, shape: tuple[int, ...], outputs: int | None) -> Network:
@@ -15,6 +16,8 @@ def build(model: Model, shape: tuple[int, ...], outputs: int | None) -> Network:
     channels, height, width = shape
     if model.name != "stride2" and min(height, width) < 16:
         raise ConfigError(f"model.name: {model.name} pools four times and needs images of 16 pixels or more")
+    if model.name == "resnet12":
+        return ResNet12((channels, height, width), outputs, model.width, model.norm, model.activation)
     return Conv4(
         (channels, height, width),
         outputs,

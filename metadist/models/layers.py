@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,12 @@ from torch import Tensor
 from metadist.models.network import Params, Statistics
 from metadist.models.norm import batch_norm, layer_norm, own_batch_norm
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "softplus": F.softplus, "tanh": torch.tanh}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "leaky-relu": partial(F.leaky_relu, negative_slope=0.1),
+    "softplus": F.softplus,
+    "tanh": torch.tanh,
+}
 
 
 def glorot(generator: torch.Generator, *shape: int) -> Tensor:

@@ -22,7 +22,7 @@ METHODS = {
     "protonet": {"name": "protonet", "temperature": 0.5},
     "cosine": {"name": "protonet", "distance": "cosine", "temperature": 10.0},
 }
-MODELS = ("stride2", "conv4", "conv4-fc", "mlp")
+MODELS = ("stride2", "conv4", "conv4-fc", "resnet12", "mlp")
 
 
 def agree(algorithm, model=None, task=None, evaluation=None, tasks=2, image=(1, 16, 17), seed=0):

@@ -34,7 +34,7 @@ def test_parameters_of_the_papers_networks():
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer", "none"])
-@pytest.mark.parametrize("name", ["stride2", "conv4", "conv4-fc", "mlp"])
+@pytest.mark.parametrize("name", ["stride2", "conv4", "conv4-fc", "resnet12", "mlp"])
 def test_statistics_used_have_the_names_and_shapes_of_the_state(name, norm):
     network, params, _ = counted(5, name=name, width=6, norm=norm)
     outputs, used = network(params, torch.rand(3, *IMAGE))
@@ -76,8 +76,56 @@ def test_pooling_drops_an_odd_last_row_or_column(size):
         assert torch.allclose(pool(kind, x), expected, rtol=1e-15, atol=1e-16)
 
 
-@pytest.mark.parametrize("name", ["conv4", "conv4-fc"])
+@pytest.mark.parametrize("name", ["conv4", "conv4-fc", "resnet12"])
 def test_images_too_small_for_four_poolings_are_refused(name):
-    with pytest.raises(ConfigError, match=r"model\.name: conv4.* 16 pixels"):
+    with pytest.raises(ConfigError, match=rf"model\.name: {name} .*16 pixels"):
         build(Model(name=name), (1, 28, 15), 5)
     build(Model(name="stride2"), (1, 5, 5), 5)
+
+
+def torchs_resnet12(params, x, widths):
+    """ResNet-12 from torch's own layers, channels first, batch statistics; parameters by our names."""
+    F = torch.nn.functional
+    for number in range(1, 5):
+
+        def layer(part, x, number=number):
+            name = f"block{number}.{part}"
+            weight = params[f"{name}.weight"].permute(3, 2, 0, 1)
+            x = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+            scale, shift = params[f"{name}.norm.scale"], params[f"{name}.norm.shift"]
+            return F.batch_norm(x, None, None, scale, shift, training=True)
+
+        inner = x
+        for part in ("conv1", "conv2"):
+            inner = F.leaky_relu(layer(part, inner), 0.1)
+        x = F.max_pool2d(F.leaky_relu(layer("conv3", inner) + layer("around", x), 0.1), 2)
+        assert x.shape[1] == widths[number - 1]
+    return F.linear(x.mean((2, 3)), params["head.weight"].T, params["head.bias"])
+
+
+def test_resnet12_is_that_of_the_literature():
+    """MetaOptNet's: 64, 160, 320, 640 channels, 12.4 million parameters, 50 MB, maps of 84, 42, 21, 10 pixels."""
+    network = build(Model(name="resnet12", activation="leaky-relu"), (3, 84, 84), None)
+    params = network.init(torch.Generator().manual_seed(0))
+    widths = [64, 160, 320, 640]
+    inputs = [3, *widths[:-1]]
+    weights = sum(9 * i * w + 2 * 9 * w * w + i * w for i, w in zip(inputs, widths, strict=True))
+    assert sum(value.numel() for value in params.values()) == weights + sum(8 * w for w in widths)
+    assert 12.4e6 < weights < 12.5e6
+    network = build(Model(name="resnet12", width=4, activation="leaky-relu"), (3, 37, 34), 5)
+    generator = torch.Generator().manual_seed(0)
+    params = {n: v.double() + 0.1 * torch.rand(v.shape, generator=generator) for n, v in network.init(generator).items()}
+    x = torch.rand(3, 3, 37, 34, generator=generator, dtype=torch.float64)
+    leaves = {name: value.requires_grad_() for name, value in params.items()}
+    found, expected = network(leaves, x)[0], torchs_resnet12(leaves, x, [4, 10, 20, 40])
+    assert (found - expected).abs().max() < 1e-12 * expected.abs().max()
+    # And so are its first and second derivatives.
+    directions = [torch.rand(v.shape, generator=generator, dtype=torch.float64) for v in leaves.values()]
+    each = []
+    for outputs in (found, expected):
+        gradient = torch.autograd.grad(outputs.square().sum(), list(leaves.values()), create_graph=True)
+        slope = sum((g * d).sum() for g, d in zip(gradient, directions, strict=True))
+        each.append((gradient, torch.autograd.grad(slope, list(leaves.values()))))
+    for one, other in zip(*each, strict=True):
+        largest = max(float(value.abs().max()) for value in other)
+        assert max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True)) < 1e-10 * largest
