@@ -47,14 +47,16 @@ def too_large(config: Config, paths: Sequence[str], sharing: int = 1) -> RunErro
     free = min(need.free for need in needs) / sharing
     most = largest(needs, batch, free)
     took = " and ".join(f"{_amount(need.bytes)} for {need.tasks}" for need in needs)
-    told = f"task.shard: {shard} tasks do not fit into memory; of the {_amount(free)} that are free, a shard takes {took}"
+    told = (
+        f"task.shard: {shard} tasks do not fit into memory; of the {_amount(free)} that are free, a shard takes {took}"
+    )
     if most < least:
         return RunError(f"{told}; not even {least} would fit, a smaller model or fewer inner steps may")
     return RunError(f"{told}; the largest that fits and divides task.meta_batch={batch} is {most}")
 
 
 def largest(needs: Sequence[Need], batch: int, free: float) -> int:
-    """The largest divisor of a meta-batch whose tasks fit into so many bytes as a shard, by two smaller ones; 0: none."""
+    """The largest divisor of a meta-batch whose tasks fit into so many bytes as a shard, by two smaller; 0: none."""
     small, large = needs
     each = max(0.0, (large.bytes - small.bytes) / (large.tasks - small.tasks))
     fixed = max(0.0, small.bytes - each * small.tasks)
