@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import ray
-from conftest import Head
+from ray_head import Head
 
 from metadist.config import Config, to_yaml
 from metadist.submit.package import stage
