@@ -51,7 +51,7 @@ class Group:
         told = []
         for _ in range(count):
             first, *others = self.all(lambda rank: rank.step())
-            same = [repr(one._replace(spans=())) for one in (first, *others)]
+            same = [repr(one._replace(spans=(), report=one.report._replace(spans=()))) for one in (first, *others)]
             assert len(set(same)) == 1
             told.append(first)
         return told
