@@ -131,7 +131,11 @@ def stop(id: Id, address: Address = None) -> None:
         server.stop(one.submission)
         while not (one := server.last(one.submission)).over:
             time.sleep(0.5)
-        kept = [line for line in messages(server.printed(one.submission)) if "SIGTERM" in line or "stored in" in line]
+        kept = [
+            line
+            for line in messages(server.printed(one.submission))
+            if "SIGTERM" in line or line.startswith("results: ")
+        ]
         for line in kept:
             print(line.removeprefix("error: "))
         print(f"{one.job} {_state(one)}; the same submit goes on with it")

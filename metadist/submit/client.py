@@ -242,12 +242,12 @@ def _expect_answer(place: str) -> None:
         if error.code in (401, 403):  # a token is asked for: that is one
             return
         raise ClusterError(f"--address: what answers at {place} is no job server of Ray's ({error.code})") from error
-    except (OSError, http.client.HTTPException) as error:
+    except (ValueError, http.client.HTTPException):  # no JSON, or no HTTP at all
+        told = None
+    except OSError as error:
         why = getattr(error, "reason", None) or error
         told = getattr(why, "strerror", None) or why
         raise ClusterError(f"--address: no cluster answers at {place}: {told}") from error
-    except ValueError:
-        told = None
     if not isinstance(told, dict) or "ray_version" not in told:
         raise ClusterError(f"--address: what answers at {place} is no job server of Ray's; its port is 8265 mostly")
 

@@ -246,7 +246,7 @@ class Supervisor:
                     ) from error
                 self.say(f"{error}; tried again in {pause:g} s", "warning")
                 time.sleep(pause)
-        self.say(f"stored in {self.storage.place}: {self.job.run}")
+        self.say(f"results: {self.storage.place}/{self.job.run}")
         shutil.rmtree(self.folder, ignore_errors=True)
         for suffix in (".writer", ".yaml"):
             self.folder.with_name(f"{self.job.id}{suffix}").unlink(missing_ok=True)

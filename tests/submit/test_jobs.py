@@ -67,52 +67,46 @@ def hash_of(run: Path) -> str:
     return str(json.loads((run / "result.json").read_text())["theta_sha256"])
 
 
-def test_submitted_followed_and_fetched(
-    head: Head, address: str, job: Path, tmp_path: Path, cli: Callable[..., Any], tiny_run: Any
-) -> None:
-    """Twice the same thing is one run; its folder comes back as it is stored, to the bits of a direct run."""
-    first = cli("submit", job, "--follow")
-    assert first.code == 0, first
-    id = re.search(r"^submitted (job-[0-9a-f]{12})$", first.out, re.MULTILINE)[1]  # type: ignore[index]
-    assert f"results: ~/metadist-jobs/{id} on the disk of the cluster's head" in first.out
-    assert "validation" in first.out
-    assert f"stored in ~/metadist-jobs: {id}" in first.out
-    assert hash_of(stored(head, id)) == tiny_run.result["theta_sha256"]
-    again = cli("submit", job)
-    assert again.code == 0, again
-    assert again.out.startswith(f"{id} exists, and has finished\n")
-    assert tiny_run.result["theta_sha256"][:12] in again.out, "its result is shown"
-    listed = cli("jobs", "list").out.splitlines()
-    assert [line.split()[-2:] for line in listed if line.startswith(id)] == [["1", "succeeded"]]
-    assert f"results: ~/metadist-jobs/{id}" in cli("jobs", "status", id).out
-    lines = [json.loads(line) for line in cli("jobs", "logs", id, "--json").out.splitlines()]
-    assert {line["run"] for line in lines} == {id}
-    assert any(line["step"] == 6 and "validation" in line["message"] for line in lines)
-    assert cli("jobs", "fetch", id, "--to", tmp_path / "back").code == 0
-    names = {path.relative_to(stored(head, id)) for path in stored(head, id).rglob("*") if path.is_file()}
-    assert names == {path.relative_to(tmp_path / "back") for path in (tmp_path / "back").rglob("*") if path.is_file()}
-    assert all((tmp_path / "back" / name).read_bytes() == (stored(head, id) / name).read_bytes() for name in names)
-    assert not (head.cache / "jobs" / id).exists(), "the head keeps one copy"
-
-
-def test_a_killed_training_process(
+def test_submitted_killed_followed_and_fetched(
     head: Head, address: str, job: Path, cli: Callable[..., Any], refused: Callable[..., Any], long_hash: str,
     long_overrides: tuple[str, ...], wait_until: Callable[..., Any], process_of: Callable[..., list[int]],
+    tmp_path: Path,
 ) -> None:  # fmt: skip
-    """It is restarted and ends in the bits of a direct run. Meanwhile the queue is full for another one."""
-    sent = cli("submit", job, *long_overrides, "--id", "killed")
-    assert "follow it: metadist jobs logs killed --follow" in sent.out
-    wait_until(lambda: steps(stored(head, "killed")), 90, "a stored checkpoint")
-    (pid,) = process_of(head, "main()", "killed")
+    """Its training process is killed: it is restarted and ends in the bits of a direct run. The same submit again is
+    no second run: it follows, then shows. The folder comes back as it is stored."""
+    words = ("submit", job, *long_overrides)
+    sent = cli(*words)
+    assert sent.code == 0, sent
+    id = re.search(r"^submitted (job-[0-9a-f]{12})$", sent.out, re.MULTILINE)[1]  # type: ignore[index]
+    assert f"results: ~/metadist-jobs/{id} on the disk of the cluster's head" in sent.out
+    assert f"follow it: metadist jobs logs {id} --follow --address {address}" in sent.out
+    run = stored(head, id)
+    wait_until(lambda: steps(run), 90, "a stored checkpoint")
+    (pid,) = process_of(head, "main()", id)
     os.kill(pid, signal.SIGKILL)
-    full = ("jobs.queue: 1 jobs wait or run", "1 may", "metadist jobs stop killed")
+    full = ("jobs.queue: 1 jobs wait or run", "1 may", f"metadist jobs stop {id}")
     refused("submit", job, "seed=9", "jobs.queue=1", code=4, say=full)
-    refused("submit", job, "seed=9", "--id", "killed", say=("killed", "another config", "--id"))
-    followed = cli("submit", job, *long_overrides, "--id", "killed")
+    refused("submit", job, "seed=9", "--id", id, say=(id, "another config", "--id"))
+    followed = cli(*words)
     assert followed.code == 0, followed
-    assert followed.out.startswith("killed exists, and is running: following it\n")
+    assert followed.out.startswith(f"{id} exists, and is running: following it\n")
     assert "the process ended by signal 9; it goes on from what is kept (1 of 3)" in followed.out
-    assert hash_of(stored(head, "killed")) == long_hash
+    assert f"results: ~/metadist-jobs/{id}\n" in followed.out
+    assert hash_of(run) == long_hash
+    assert not (head.cache / "jobs" / id).exists(), "the head keeps one copy"
+    again = cli(*words)
+    assert again.code == 0, again
+    assert again.out.startswith(f"{id} exists, and has finished\n")
+    assert long_hash[:12] in again.out, "its result is shown"
+    listed = cli("jobs", "list").out.splitlines()
+    assert [line.split()[-2:] for line in listed if line.startswith(id)] == [["1", "succeeded"]]
+    lines = [json.loads(line) for line in cli("jobs", "logs", id, "--json").out.splitlines()]
+    assert {line["run"] for line in lines} == {id}
+    assert any(line["step"] == 150 and line["message"].startswith("meta-step 150/150") for line in lines)
+    assert cli("jobs", "fetch", id, "--to", tmp_path / "back").code == 0
+    names = {path.relative_to(run) for path in run.rglob("*") if path.is_file()}
+    assert names == {path.relative_to(tmp_path / "back") for path in (tmp_path / "back").rglob("*") if path.is_file()}
+    assert all((tmp_path / "back" / name).read_bytes() == (run / name).read_bytes() for name in names)
 
 
 # --- refused in one line --------------------------------------------------------------
