@@ -83,7 +83,9 @@ def compare(one, other):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_and_model(method, model):
-    assert agree(METHODS[method], {"name": model}) < 1e-12
+    # Where a gradient is as small as Adam's ε, as some of resnet12's are, its rounding is divided by ε.
+    bound = 1e-9 if (method, model) == ("reptile-adam", "resnet12") else 1e-12
+    assert agree(METHODS[method], {"name": model}) < bound
 
 
 @pytest.mark.parametrize("changes", [
