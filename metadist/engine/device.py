@@ -1,5 +1,6 @@
 """Settings of a process that decide bits: threads, deterministic kernels, no autotuning."""
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -29,6 +30,13 @@ def settle(engine: Engine) -> torch.device:
     if engine.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("engine.device: cuda, but this process sees no GPU; valid is cpu, or reserve cluster.gpus")
     return torch.device(engine.device)
+
+
+def keep_all_memory() -> None:
+    """The same also for blocks beyond 32 MB, for a process that needs the same large ones step by step."""
+    _keep_memory()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-4, 0)  # blocks that are mapped by themselves: none
 
 
 def _keep_memory() -> None:
