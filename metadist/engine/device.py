@@ -1,5 +1,6 @@
 """Settings of a process that decide bits: threads, deterministic kernels, no autotuning."""
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -39,6 +40,13 @@ def precision(engine: Engine) -> Iterator[None]:
         return
     with torch.autocast(engine.device, torch.bfloat16, cache_enabled=False):
         yield
+
+
+def keep_all_memory() -> None:
+    """The same also for blocks beyond 32 MB, for a process that needs the same large ones step by step."""
+    _keep_memory()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-4, 0)  # blocks that are mapped by themselves: none
 
 
 def _keep_memory() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metadist.engine.layout import Layout
+from metadist.engine.layout import Layout, blocks
 
 HEADROOM_BITS = 62
 TARGET_BITS = 45
@@ -106,10 +106,19 @@ def rounded(layout: Layout, tensors: Mapping[str, Tensor], scale: Tensor) -> Rou
     return Rounded(values, found.long(), found.abs().max())
 
 
-def dequantise(layout: Layout, total: np.ndarray, exponents: np.ndarray) -> Tensor:
-    """The sum, float64 [total]."""
-    # 2^-e is exact, and int64 → float64 rounds once, to nearest, the same everywhere.
-    return torch.from_numpy(total.astype(np.float64)) / scales(layout, exponents)
+def dequantise(layout: Layout, total: np.ndarray, exponents: np.ndarray, parts: int = 1) -> Tensor:
+    """The sum, or the mean over so many, float64 [total]."""
+    mean: np.ndarray = np.empty(layout.total)
+    start = 0
+    for size, factor in zip(layout.sizes, np.ldexp(1.0, -exponents.astype(np.int32)), strict=True):
+        for block in blocks(size, start):
+            # 2^-e is exact, and int64 → float64 rounds once, to nearest, the same everywhere.
+            mean[block] = total[block]
+            mean[block] *= factor
+            if parts != 1:
+                np.divide(mean[block], parts, out=mean[block])
+        start += size
+    return torch.from_numpy(mean)
 
 
 def next_exponents(layout: Layout, total: np.ndarray, exponents: np.ndarray) -> np.ndarray:

@@ -2,12 +2,21 @@
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+BLOCK = 1 << 17
+"""Elements of a large buffer that are worked on at a time: what is done to them one after the other finds them in the
+processor's cache."""
+
+
+def blocks(size: int, start: int = 0) -> Iterator[slice]:
+    """Of `size` elements from `start` on."""
+    return (slice(first, min(first + BLOCK, start + size)) for first in range(start, start + size, BLOCK))
 
 
 @dataclass(frozen=True)

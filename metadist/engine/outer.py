@@ -75,7 +75,8 @@ class OuterStep:
         norm = math.sqrt(sum(self.squares(gradient) if squares is None else squares))
         outer = self.at(step)
         factor = outer.clip / norm if outer.clip is not None and norm > outer.clip else 1.0
-        self.flat.grad = (self.layout.flatten(gradient) * factor).to(self.flat.dtype)
+        scaled = gradient if factor == 1.0 else {name: gradient[name] * factor for name in self.layout.names}
+        self.flat.grad = self.layout.flatten({name: scaled[name].to(self.flat.dtype) for name in self.layout.names})
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = learning_rate(outer, step), outer.weight_decay
         self.optimizer.step()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from metadist.config import Config
+from metadist.engine.device import keep_all_memory
 from metadist.engine.engine import Blueprint
 from metadist.runtime import aggregator, combiner
 from metadist.runtime.aggregator import Position, Report, Snapshot, joined
@@ -29,6 +30,10 @@ NAMESPACE = "metadist"
 
 class Aggregator(Watched, aggregator.Aggregator):
     """As an actor."""
+
+    def __init__(self, linger: float | None, *arguments: Any) -> None:
+        keep_all_memory()
+        super().__init__(linger, *arguments)
 
 
 class Combiner(Watched, combiner.Combiner):

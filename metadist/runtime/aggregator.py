@@ -16,6 +16,7 @@ from metadist.config import Config, Staged
 from metadist.engine.device import one_thread
 from metadist.engine.engine import Blueprint, Lane
 from metadist.engine.exact import coarser, dequantise, first_exponents, next_exponents, quantise, scales
+from metadist.engine.layout import blocks
 from metadist.engine.outer import OuterStep, learning_rate, moved_state
 from metadist.runtime.cut import Piece, cut, gathered_exponents
 from metadist.spans import Span, Spans
@@ -84,6 +85,24 @@ def sealed(q: np.ndarray) -> int:
     return int(np.add.reduce(q)) if q.dtype == np.int64 else zlib.crc32(np.ascontiguousarray(q).data)
 
 
+def _finite(value: Tensor) -> bool:
+    """Whether all elements are, without a tensor of answers. NaN is least and largest of whatever it is among."""
+    return not value.numel() or all(bool(end.isfinite()) for end in value.aminmax())
+
+
+def _added(total: np.ndarray, q: np.ndarray, first: bool) -> int:
+    """Add integers to a total, or put the first ones there; their seal, taken on the way."""
+    seal = np.int64(0)
+    with np.errstate(over="ignore"):  # it goes around
+        for block in blocks(len(q)):
+            if first:
+                total[block] = q[block]
+            else:
+                np.add(total[block], q[block], out=total[block])
+            seal = seal + np.add.reduce(q[block])
+    return int(seal)
+
+
 class Aggregator:
     """θ, the running state, the optimizer and the sum of the current step; or a piece of them.
 
@@ -120,8 +139,7 @@ class Aggregator:
 
     def _open(self, attempt: int) -> None:
         self.attempt, self.duplicates = attempt, 0
-        self.added: set[int] = set()
-        self.total.fill(0)
+        self.added: set[int] = set()  # without any of them the total is of nothing
         self._mean: Tensor | None = None
 
     def broadcast(self) -> Broadcast:
@@ -137,14 +155,26 @@ class Aggregator:
         """
         self.bytes += q.nbytes
         late = (step, attempt) != (self.step, self.attempt) or not self.added.isdisjoint(shards)
-        if late or not self._of_its_kind(q, len(shards)) or (seal is not None and seal != sealed(q)):
+        if late or not self._of_its_kind(q, len(shards)) or not self._counted(q, len(shards), seal):
             self.duplicates += len(shards)
             return False
         self.added.update(shards)
-        with self.spans.of("sum"):
-            for part in self._integers(q, len(shards)):
-                self.total += part
         return True
+
+    def _counted(self, q: np.ndarray, shards: int, seal: int | None) -> bool:
+        """Add it, if it has its seal."""
+        with self.spans.of("sum"):
+            if self.piece.compression is not None:
+                if seal is not None and seal != sealed(q):
+                    return False
+                for number, part in enumerate(self._decompressed(q, shards)):
+                    _added(self.total, part, first=not self.added and number == 0)
+                return True
+            if _added(self.total, q, first=not self.added) == seal or seal is None:
+                return True
+            # Exact as integers are, they are taken out again; the total of a first sum is not read.
+            self.total -= q
+            return False
 
     def _of_its_kind(self, q: np.ndarray, shards: int) -> bool:
         compression = self.piece.compression
@@ -152,11 +182,10 @@ class Aggregator:
             return q.shape == self.total.shape and q.dtype == self.total.dtype
         return q.shape == (shards * sum(compression.sizes),) and q.dtype == np.uint8
 
-    def _integers(self, q: np.ndarray, shards: int) -> list[np.ndarray]:
-        """What is added: the sum as it came, or what each payload decompresses to, which the worker has seen to fit."""
+    def _decompressed(self, q: np.ndarray, shards: int) -> list[np.ndarray]:
+        """The integers of each payload, which the worker has seen to fit."""
         layout, compression = self.piece.sums, self.piece.compression
-        if compression is None:
-            return [q]
+        assert compression is not None
         scale = scales(layout, self.exponents)
         each = (compression.decompress(payload) for payload in np.split(q, shards))
         return [quantise(layout, tensors, scale, self.shards).q for tensors in each]
@@ -215,7 +244,7 @@ class Aggregator:
             float(means.get("metric.score", np.nan)),
             norm,
             learning_rate(self.keys.at(step), step),
-            all(bool(value.isfinite().all()) for value in (self.outer.flat, *self.state.values())),
+            all(_finite(value) for value in (self.outer.flat.detach(), *self.state.values())),
             (),
             0,
             spans=self.spans.take(),
@@ -230,7 +259,7 @@ class Aggregator:
         """The mean of a complete sum, float64 [total]; taken once."""
         if self._mean is None:
             with self.spans.of("sum"), one_thread():
-                self._mean = dequantise(self.piece.sums, self.total, self.exponents) / self.config.averaged
+                self._mean = dequantise(self.piece.sums, self.total, self.exponents, self.config.averaged)
         return self._mean
 
     def _gradient(self, mean: Tensor) -> dict[str, Tensor]:
