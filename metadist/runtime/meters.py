@@ -6,6 +6,8 @@ metrics and nothing else.
 
 import threading
 import time
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -69,7 +71,7 @@ class Meters:
         self.config, self.runtime, self.folder, self.say = config, runtime, folder, say
         self.profile = Profile() if config.tracking.profile else None
         self._emit = emit
-        self._events: list[Event] = []
+        self._events: deque[Event] = deque()  # from any thread
         self._due = 0.0
         self._shards = self._recomputed = self._duplicates = 0
         self._working, self._ended = threading.Lock(), threading.Event()
@@ -124,7 +126,7 @@ class Meters:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._on:
+        if self._thread.ident is not None:
             self._ended.set()
             self._thread.join()
             self._flush()
@@ -143,13 +145,22 @@ class Meters:
 
     def _flush(self) -> None:
         with self._working:
-            events, self._events = self._events, []
-            for event in events:
-                self._tell(event)
-            steps = [event for event in events if isinstance(event, Step)]
-            if steps:
-                self._tell_newest(steps)
-            self._set("alive_timestamp_seconds", time.time())
+            try:
+                self._work_off([self._events.popleft() for _ in range(len(self._events))])
+            except Exception as error:  # noqa: BLE001, whatever it is, the run goes on
+                self._give_up(error)
+
+    def _work_off(self, events: Sequence[Event]) -> None:
+        for event in events:
+            self._tell(event)
+        steps = [event for event in events if isinstance(event, Step)]
+        if steps:
+            self._tell_newest(steps)
+        self._set("alive_timestamp_seconds", time.time())
+
+    def _give_up(self, error: Exception) -> None:
+        self._emit = self.profile = None
+        self.say(f"no metrics from here on: {type(error).__name__}: {error}".splitlines()[0])
 
     def _tell(self, event: Event) -> None:
         match event:

@@ -8,6 +8,7 @@ that ends early leaves the others. After a resume the trials may stand at differ
 
 import io
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -19,6 +20,7 @@ import numpy as np
 
 from metadist.config import Config
 from metadist.data.table import Table
+from metadist.engine.device import precision
 from metadist.engine.engine import Engine
 from metadist.engine.exact import quantise, scales
 from metadist.engine.packed import vectorised_packed
@@ -44,11 +46,11 @@ def run_pack(job: SearchJob, trials: Sequence[Trial], folder: Path, ask: Ask, en
     ask, ended: called one at a time, in the order of the meta-steps and within one in that of the trials, however the
     threads are scheduled. Raises StorageError, and whatever else is no trial's end.
     """
-    pack, said = Pack(len(trials)), _ByThread()
+    pack, own = Pack(len(trials)), threading.local()
 
     def one(number: int, trial: Trial) -> None:
         try:
-            with log_of(folder, trial).open("a", encoding="utf-8") as said.own.file:
+            with log_of(folder, trial).open("a", encoding="utf-8") as own.file:
                 end = attempt(job, trial, folder, partial(pack.ask, number, partial(ask, trial)), pack.begin(number))
             pack.end(number, lambda: ended(trial, end))
         except BaseException as error:  # noqa: BLE001, raised again where it can be caught
@@ -59,7 +61,7 @@ def run_pack(job: SearchJob, trials: Sequence[Trial], folder: Path, ask: Ask, en
     threads = [
         threading.Thread(target=one, args=(n, trial), name=f"trial-{trial.id}") for n, trial in enumerate(trials)
     ]
-    with redirect_stdout(said), redirect_stderr(said):
+    with redirect_stdout(_ByThread(own, sys.stdout)), redirect_stderr(_ByThread(own, sys.stderr)):
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -71,17 +73,19 @@ def run_pack(job: SearchJob, trials: Sequence[Trial], folder: Path, ask: Ask, en
 class _ByThread(io.TextIOBase):
     """What a trial's thread prints goes to the trial's log, what others print to where it would have gone."""
 
-    def __init__(self) -> None:
-        self.own, self._others = threading.local(), io.StringIO()
+    def __init__(self, own: threading.local, others: TextIO) -> None:
+        self._own, self._others = own, others
+
+    @property
+    def _file(self) -> TextIO:
+        file: TextIO = getattr(self._own, "file", self._others)
+        return self._others if file.closed else file
 
     def write(self, text: str) -> int:
-        file: TextIO = getattr(self.own, "file", self._others)
-        return 0 if file.closed else file.write(text)
+        return self._file.write(text)
 
     def flush(self) -> None:
-        file: TextIO = getattr(self.own, "file", self._others)
-        if not file.closed:
-            file.flush()
+        self._file.flush()
 
 
 ASKS, ENDS, COMPUTES = range(3)
@@ -186,17 +190,18 @@ def _computed(wishes: Sequence[_Wish]) -> list[list[Sums]] | list[Exception]:
             for engine, wish in zip(engines, wishes, strict=True)
             if wish.values is not None
         ]
-        shards = [
-            vectorised_packed(
-                [engine.algorithms.at(step) for engine in engines],
-                [theta for theta, _ in named],
-                [state for _, state in named],
-                first.tasks.sample(step, shard * first.shard_tasks, first.shard_tasks),
-                first.tasks.ways,
-                step,
-            )
-            for shard in range(first.shards)
-        ]
+        with precision(first.config.engine):
+            shards = [
+                vectorised_packed(
+                    [engine.algorithms.at(step) for engine in engines],
+                    [theta for theta, _ in named],
+                    [state for _, state in named],
+                    first.tasks.sample(step, shard * first.shard_tasks, first.shard_tasks),
+                    first.tasks.ways,
+                    step,
+                )
+                for shard in range(first.shards)
+            ]
     except Exception as error:  # noqa: BLE001, each trial ends of it
         return [error] * len(wishes)
     return [[shard[place] for shard in shards] for place in range(len(wishes))]

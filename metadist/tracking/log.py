@@ -76,17 +76,20 @@ class Log:
             if self.structured:
                 self._print(line(told, self._run, self._step, worker, "error"))
                 sys.excepthook = lambda *_: None  # it is told
-        if self._file is not None:
-            self._file.close()
+        with self._lock:
+            file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
     def keep(self, folder: Path) -> None:
         """Write into a run folder from now on."""
-        with contextlib.suppress(OSError):  # the run itself will meet a disk that is full, and tell it
-            self._file = (folder / NAME).open("a", encoding="utf-8", buffering=1)
-        self._run = folder.name
-        early, self._early = self._early, []
-        for told in early:
-            self._record(*told)
+        with self._lock:
+            with contextlib.suppress(OSError):  # the run itself will meet a disk that is full, and tell it
+                self._file = (folder / NAME).open("a", encoding="utf-8", buffering=1)
+            self._run = folder.name
+            for told in self._early:
+                self._write(*told)
+            self._early.clear()
 
     def say(self, message: str) -> None:
         """A note for the person."""
@@ -105,13 +108,18 @@ class Log:
         self._record(message, None, "info")
 
     def _record(self, message: str, worker: str | None, level: str) -> None:
-        with self._lock, contextlib.suppress(OSError):
+        with self._lock:
             if self._run is None:
                 self._early.append((message, worker, level))
-            elif self._file is not None:
-                print(line(message, self._run, self._step, worker, level), file=self._file)
+            else:
+                self._write(message, worker, level)
 
-    @staticmethod
-    def _print(told: str) -> None:
-        with contextlib.suppress(OSError):
-            print(told, flush=True)
+    def _write(self, message: str, worker: str | None, level: str) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.write(line(message, self._run, self._step, worker, level) + "\n")
+
+    def _print(self, told: str) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            sys.stdout.write(told + "\n")
+            sys.stdout.flush()

@@ -82,6 +82,16 @@ def test_metrics_that_fail_end_and_nothing_else(
     assert capsys.readouterr().err.count("no metrics from here on: OSError: the agent is gone") == 1
 
 
+def test_an_account_that_fails_ends_the_metrics_and_nothing_else(
+    tiny: Make, tiny_run: Any, tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("metadist.runtime.timeline.Account.close", lambda *_: {}["gone"])
+    result = train(tiny("tracking.profile=true"), "tiny", tmp_path / "run").result
+    assert result["theta_sha256"] == tiny_run.result["theta_sha256"]
+    assert capsys.readouterr().err.count("no metrics from here on: KeyError: 'gone'") == 1
+
+
 def test_a_run_that_diverges_says_so(tiny: Make, tmp_path: Path, told: Told) -> None:
     with pytest.raises(Divergence):
         train(tiny("algorithm.inner_lr=1e30"), "tiny", tmp_path / "run")

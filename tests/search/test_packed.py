@@ -1,5 +1,6 @@
 """Trials that are computed together: each is, but for the last digits, the run that it would be alone."""
 
+import io
 import os
 import shutil
 import threading
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from metadist.config import resolve
+from metadist.data.sources import prepare
+from metadist.engine.engine import Engine
 from metadist.errors import ConfigError, StorageError
 from metadist.methods import every_method
 from metadist.run import train
@@ -18,7 +22,7 @@ from metadist.runtime.checkpoint import checkpoints, save_checkpoint
 from metadist.runtime.journal import read_metrics
 from metadist.runtime.run_folder import RunFolder
 from metadist.search.job import SearchJob, checked
-from metadist.search.packed import run_pack
+from metadist.search.packed import COMPUTES, _ByThread, _computed, _Wish, run_pack
 from metadist.search.state import End, Report, Trial
 
 POINTS = ({"algorithm.inner_lr": 0.4}, {"algorithm.inner_lr": 0.1, "outer.lr": 0.003}, {"seed": 7})
@@ -256,3 +260,26 @@ def test_every_method_packs_that_does_not_compare_tasks(method: Any, tiny: Calla
         assert alone.keys() == packed[place].keys()
         for key, value in alone.items():
             torch.testing.assert_close(packed[place][key], value, rtol=1e-8, atol=1e-10)
+
+
+def test_in_the_precision_of_the_job(tiny: Callable[..., Any]) -> None:
+    """A pack's sums are those of a trial alone, with factors rounded where the config says so."""
+    configs = [resolve(tiny(f"engine.precision={precision}")) for precision in ("full", "bf16")]
+    engines = [Engine(config, [prepare(config.data.sources[0])]) for config in configs]
+    values = engines[0].blueprint.initial()
+    full, rounded = (engine.flat(values, 0, 0) for engine in engines)
+    (packed,) = _computed([_Wish(0, COMPUTES, engine=engines[1], values=values)])
+    apart = np.abs(engines[1].blueprint.sums.flatten(packed[0]).numpy() - rounded).max()  # type: ignore[index]
+    assert apart < 0.2 * np.abs(full - rounded).max()
+
+
+def test_what_is_said_beside_the_trials_is_not_lost() -> None:
+    own, others, mine = threading.local(), io.StringIO(), io.StringIO()
+    said = _ByThread(own, others)
+    said.write("a warning")
+    own.file = mine
+    said.write("of the trial")
+    mine = io.StringIO()
+    own.file.close()
+    said.write(" and more")
+    assert others.getvalue() == "a warning and more"

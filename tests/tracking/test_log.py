@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,17 @@ def test_a_run_and_its_resume_are_in_one_log(half_run: Path, cli: Callable[..., 
     assert after[: len(before)] == before
     assert any(line["message"].startswith("meta-step 12/12") for line in after[len(before) :])
     assert {line["run"] for line in after[len(before) :]} == {half_run.name}
+
+
+def test_threads_that_go_on_after_the_end_lose_their_lines_only(tmp_path: Path) -> None:
+    """What comes while the log is opened comes into it; what comes when it is closed harms nobody."""
+    with Log() as log:
+        threads = [threading.Thread(target=log.shown, args=(f"{n}", n)) for n in range(20)]
+        for number, thread in enumerate(threads):
+            thread.start()
+            if number == 10:
+                log.keep(tmp_path)
+        for thread in threads:
+            thread.join()
+    log.shown("late", 21)
+    assert sorted(line["message"] for line in lines(tmp_path)) == sorted(map(str, range(20)))
