@@ -21,6 +21,11 @@ from metadist.filesystems import NotAFileSystem, copy, open_folder, why
 SUBMISSION, RUN = "submission.json", "run"
 LAST = ("result.json", "search.json")
 
+Status = tuple[int, int, int, int]
+"""Of a file that was sent, or brought back, by this object. A search puts another member's checkpoint in the place of
+one, with its name, its bytes and its time: so the inode and its own time count too, and nothing else says that what is
+stored is what is here."""
+
 
 class Storage:
     """The place of one run."""
@@ -32,7 +37,7 @@ class Storage:
         except NotAFileSystem as error:
             raise StorageError(f"storage: {place}: {error}") from error
         self.root = f"{folder}/{id}"
-        self._sent: dict[str, tuple[int, int, int]] = {}
+        self._sent: dict[str, Status] = {}
         self._there: dict[str, int] | None = None
         self._folders: set[str] = set()
 
@@ -85,6 +90,7 @@ class Storage:
                     (passing / name).parent.mkdir(parents=True, exist_ok=True)
                     copy(self.system, f"{self.root}/{RUN}/{name}", fs.LocalFileSystem(), str(passing / name))
                 if names:
+                    self._sent = {name: _status(passing / name) for name in names}
                     os.rename(passing, folder)
             finally:
                 shutil.rmtree(passing, ignore_errors=True)
@@ -105,15 +111,13 @@ class Storage:
 
     def _send(self, path: Path, name: str, there: dict[str, int]) -> None:
         try:
-            status = path.stat()
-            now = (status.st_size, status.st_mtime_ns, status.st_ino)
-            fixed = "/step-" in f"/{name}" and there.get(name) == status.st_size  # one of a checkpoint never changes
-            if not fixed and self._sent.get(name) != now:
+            now = _status(path)
+            if name not in there or self._sent.get(name) != now:
                 to = f"{self.root}/{RUN}/{name}"
                 self._create(to.rpartition("/")[0])
                 copy(fs.LocalFileSystem(), str(path), self.system, to)
             self._sent[name] = now
-            there[name] = status.st_size
+            there[name] = now[0]
         except FileNotFoundError:
             if path.exists():  # it is not a checkpoint that was removed while we looked
                 raise
@@ -142,6 +146,11 @@ class Storage:
             raise StorageError(f"storage: {self.place} {what}: {why(error)}") from error
         except ValueError as error:
             raise RunError(f"{self.root}/{SUBMISSION}: is damaged; remove it, or choose another --id") from error
+
+
+def _status(path: Path) -> Status:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 def files_of(folder: Path) -> list[str]:

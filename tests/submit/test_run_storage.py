@@ -1,6 +1,7 @@
 """A run's folder in a storage: whole, or resumable from, whenever the copying was broken off."""
 
 import itertools
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,6 +57,43 @@ def test_what_a_run_removes_is_removed(place: str, tiny_copy: Path, tmp_path: Pa
         assert set(storage.files()) == set(contents(tiny_copy))
     assert Storage(place, "a").restore(tmp_path / "back")
     assert contents(tmp_path / "back") == contents(tiny_copy)
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["the-same-process", "a-later-one"])
+def test_a_checkpoint_that_another_ones_replaces_is_copied_again(fresh: bool, tiny_copy: Path, tmp_path: Path) -> None:
+    """As a search does: under its name, with its bytes and its time."""
+    storage = Storage(str(tmp_path / "storage"), "a")
+    storage.mirror(tiny_copy)
+    (tiny_copy / "checkpoints").rename(tmp_path / "old")
+    shutil.copytree(tmp_path / "old", tiny_copy / "checkpoints")
+    for path in (tiny_copy / "checkpoints").rglob("*.*"):
+        status = path.stat()
+        path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    (Storage(storage.place, "a") if fresh else storage).mirror(tiny_copy)
+    assert Storage(storage.place, "a").restore(tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tiny_copy)
+
+
+def test_what_was_sent_or_brought_back_is_not_sent_again(
+    tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(str(tmp_path / "storage"), "a")
+    storage.mirror(tiny_copy)
+    other = Storage(storage.place, "a")
+    assert other.restore(tmp_path / "back")
+    (tmp_path / "back" / "config.yaml").write_text("changed: 1\n")
+    real_copy, copied = of.copy, []
+
+    def copy(*given: Any) -> None:
+        copied.append(Path(given[3]).name)
+        real_copy(*given)
+
+    monkeypatch.setattr(of, "copy", copy)
+    storage.mirror(tiny_copy)
+    assert copied == []
+    other.mirror(tmp_path / "back")
+    assert copied == ["config.yaml"]
 
 
 class BrokenOff(Exception):
