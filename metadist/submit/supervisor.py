@@ -57,6 +57,7 @@ class Supervisor:
         self.job = job
         self.storage = Storage(job.config.storage, job.run)
         self.folder = cache_folder() / "jobs" / job.id
+        self.writer = ""
         self.stopped = False
         self.step: int | None = None
         self._process: subprocess.Popen[str] | None = None
@@ -185,22 +186,28 @@ class Supervisor:
             if not self.storage.restore(self.folder):
                 raise RunError(f"{self.job.run}: no run of this id is stored in {self.storage.place}")
             return
-        if before is not None and before["identity"] != self.job.identity:
+        if before is not None and before.get("identity") != self.job.identity:
             raise RunError(
                 f"{self.job.id}: stands in {self.storage.place} with another config or other code; choose another --id"
             )
         mine = self.folder.with_name(f"{self.job.id}.writer")
         last = mine.read_text() if mine.is_file() else ""
-        if before is not None and before["writer"] != last:
+        if before is not None and before.get("writer") == last:  # what is here may be more than what is stored
+            self.writer = last
+        else:
+            self.writer = uuid.uuid4().hex
             shutil.rmtree(self.folder, ignore_errors=True)
         if before is not None and not self.folder.exists() and self.storage.restore(self.folder):
             self.say(f"going on with what is stored in {self.storage.place}")
-        writer = uuid.uuid4().hex
         with storage_errors(mine):
-            mine.write_text(writer)
+            mine.write_text(self.writer)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Say in the storage who writes it."""
         told: dict[str, Any] = {
             "id": self.job.id, "verb": self.job.verb, "words": self.job.words, "identity": self.job.identity,
-            "writer": writer, "host": socket.gethostname(), "time": time.time(),
+            "writer": self.writer, "host": socket.gethostname(), "time": time.time(),
         }  # fmt: skip
         self.storage.begin(told, self.folder.with_name(f".{self.job.id}.json"))
 

@@ -13,6 +13,10 @@ from typing import Any
 
 import pytest
 
+from metadist.errors import StorageError
+from metadist.submit.submission import submission
+from metadist.submit.supervisor import Supervisor
+
 ENDLESS = ("outer.steps=1000000", "checkpoint.every=10", "eval.every=0")
 
 
@@ -92,6 +96,66 @@ def process_of(find_processes: Callable[[int, str], list[int]], wait_until: Call
 def stored_step(tmp_path: Path, id: str, least: int) -> Callable[[], bool]:
     folder = tmp_path / "storage" / id / "run" / "checkpoints"
     return lambda: any(int(path.parent.name[5:]) >= least for path in folder.glob("step-*/checkpoint.json"))
+
+
+@pytest.fixture
+def supervisor(tiny_job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Supervisor]:
+    """Of a job `a` on a host with an empty disk; another one is another attempt."""
+    monkeypatch.setenv("METADIST_CACHE", str(tmp_path / "host"))
+
+    def make(*words: str, host: str = "host") -> Supervisor:
+        monkeypatch.setenv("METADIST_CACHE", str(tmp_path / host))
+        found = Supervisor(submission([str(tiny_job), f"storage={tmp_path / 'storage'}", *words], id="a"))
+        found.folder.parent.mkdir(parents=True, exist_ok=True)
+        return found
+
+    return make
+
+
+def left(supervisor: Supervisor, text: str) -> Path:
+    """A file in its folder."""
+    supervisor.folder.mkdir(exist_ok=True)
+    path = supervisor.folder / "left.txt"
+    path.write_text(text)
+    return path
+
+
+def test_a_folder_whose_storage_was_cleared_is_not_gone_on_with(
+    supervisor: Callable[..., Supervisor], tmp_path: Path
+) -> None:
+    """Nothing says any more what it is of."""
+    first = supervisor()
+    first._bring()
+    left(first, "seed 1")
+    shutil.rmtree(tmp_path / "storage")
+    after = supervisor("seed=7")
+    after._bring()
+    assert not after.folder.exists()
+
+
+def test_undelivered_results_outlive_an_attempt_that_could_not_begin(
+    supervisor: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = supervisor()
+    first._bring()
+    kept = left(first, "undelivered")
+
+    def begin(*_: object) -> None:
+        raise StorageError("storage: full")
+
+    second = supervisor()
+    monkeypatch.setattr(second.storage, "begin", begin)
+    with pytest.raises(StorageError, match="full"):
+        second._bring()
+    third = supervisor()
+    third._bring()
+    assert kept.read_text() == "undelivered"
+    assert third.writer == first.writer, "nobody has taken over"
+    other = supervisor(host="other")
+    other._bring()
+    assert other.writer != first.writer
+    supervisor()._bring()
+    assert not kept.exists(), "another host has"
 
 
 @pytest.mark.chaos
