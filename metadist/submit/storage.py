@@ -20,6 +20,9 @@ from metadist.filesystems import NotAFileSystem, copy, open_folder, why
 
 SUBMISSION, RUN = "submission.json", "run"
 LAST = ("result.json", "search.json")
+LEDGER = "ledger.jsonl"
+DECIDED = (5, LEDGER)
+"""Behind all that a ledger names, and before what says that the whole is finished."""
 
 Status = tuple[int, int, int, int]
 """Of a file that was sent, or brought back, by this object. A search puts another member's checkpoint in the place of
@@ -63,9 +66,15 @@ class Storage:
         """Bring the copy up to date with a folder that others write meanwhile. Raises StorageError."""
         with self._told("cannot be written"):
             there = self.files() if self._there is None else self._there
+            ledger = folder / LEDGER
+            decided = _status(ledger) if ledger.is_file() else None  # before what it names is listed
             here = sorted(files_of(folder), key=_order)
+            whole = True
             for name in here:
-                self._send(folder / name, name, there)
+                if _order(name) < DECIDED:
+                    whole &= self._send(folder / name, name, there)
+                elif whole and (name != LEDGER or decided is not None):
+                    self._send(folder / name, name, there, decided if name == LEDGER else None)
             for name in sorted(there.keys() - {*here}, key=_order, reverse=True):
                 self._remove(name, folder)
                 del there[name]
@@ -109,18 +118,21 @@ class Storage:
             if info.type == fs.FileType.File and not PurePosixPath(name).name.startswith(".")
         }
 
-    def _send(self, path: Path, name: str, there: dict[str, int]) -> None:
+    def _send(self, path: Path, name: str, there: dict[str, int], upto: Status | None = None) -> bool:
+        """Whether the file was there; upto: as it was when only so much of it could be sent."""
         try:
-            now = _status(path)
+            now = upto or _status(path)
             if name not in there or self._sent.get(name) != now:
                 to = f"{self.root}/{RUN}/{name}"
                 self._create(to.rpartition("/")[0])
-                copy(fs.LocalFileSystem(), str(path), self.system, to)
+                copy(fs.LocalFileSystem(), str(path), self.system, to, now[0] if upto else None)
             self._sent[name] = now
             there[name] = now[0]
         except FileNotFoundError:
             if path.exists():  # it is not a checkpoint that was removed while we looked
                 raise
+            return False
+        return True
 
     def _remove(self, name: str, folder: Path) -> None:
         path = f"{self.root}/{RUN}/{name}"
@@ -164,10 +176,13 @@ def files_of(folder: Path) -> list[str]:
 
 
 def _order(name: str) -> tuple[int, str]:
-    """Metrics and config; then checkpoints, each with its JSON last; then what says that the run is finished."""
+    """Metrics and config; then checkpoints, each with its JSON last; then what says that a run is finished: of a
+    search's trials, its ledger, which names what they left, and its own."""
     path = PurePosixPath(name)
+    if name == LEDGER:
+        return DECIDED
     if path.name in LAST:
-        return 4, name
+        return 6 if name in LAST else 4, name
     if path.parent.name.startswith("step-"):
         return 2 if path.name == "checkpoint.json" else 1, name
     return 3 if path.suffix == ".safetensors" else 0, name

@@ -151,6 +151,53 @@ def test_copying_that_is_broken_off_anywhere_leaves_a_good_checkpoint(
     assert most > 8
 
 
+def finish(search: Path, trial: str) -> None:
+    """A trial's folder and the ledger's line about it, as a search writes them; no id is in the order of time."""
+    step = search / "trials" / trial / "checkpoints" / "step-4"
+    step.mkdir(parents=True)
+    for path in (step / "state.safetensors", step / "checkpoint.json", step.parents[1] / "result.json"):
+        path.write_text(trial)
+    with (search / "ledger.jsonl").open("a") as file:
+        file.write(f"{trial}\n")
+
+
+def test_a_stored_ledger_names_only_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken off after any copy, while a trial ends between any two; `search.json` is behind the ledger."""
+    real_copy = of.copy
+    ended = 0
+    for most in itertools.count():
+        search, place = tmp_path / f"search-{most}", tmp_path / f"storage-{most}"
+        finish(search, "t9")
+        Storage(str(place), "a").mirror(search)
+        finish(search, "t5")
+        (search / "search.json").write_text("{}")
+        left = iter(range(most))
+
+        def copy(*given: Any, search: Path = search, left: Iterator[int] = left) -> None:
+            number = next(left, None)
+            if number is None:
+                raise BrokenOff
+            finish(search, f"t{number + 10}")
+            real_copy(*given)
+
+        monkeypatch.setattr(of, "copy", copy)
+        try:
+            Storage(str(place), "a").mirror(search)
+            ended += 1
+        except BrokenOff:
+            pass
+        monkeypatch.setattr(of, "copy", real_copy)
+        stored = place / "a" / "run"
+        named = (stored / "ledger.jsonl").read_text().split()
+        for trial in named:
+            assert len([path for path in (stored / "trials" / trial).rglob("*.*") if path.is_file()]) == 3
+        assert ("t5" in named) >= (stored / "search.json").exists()
+        if ended:
+            break
+    assert named == ["t9", "t5"]
+    assert most == 8
+
+
 def test_a_place_that_takes_or_has_nothing(tiny_copy: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"storage: .*file/below cannot be written"):
