@@ -6,6 +6,7 @@ end: whenever the copying is broken off, what is there can be resumed from.
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ LAST = ("result.json", "search.json")
 LEDGER = "ledger.jsonl"
 DECIDED = (5, LEDGER)
 """Behind all that a ledger names, and before what says that the whole is finished."""
+
+PASSING = re.compile(r"\..+\.[0-9a-f]{8}")
+"""What a file is called until it is whole."""
 
 Status = tuple[int, int, int, int]
 """Of a file that was sent, or brought back, by this object. A search puts another member's checkpoint in the place of
@@ -42,6 +46,7 @@ class Storage:
         self.root = f"{folder}/{id}"
         self._sent: dict[str, Status] = {}
         self._there: dict[str, int] | None = None
+        self._gone: set[str] = set()
         self._folders: set[str] = set()
 
     def submission(self) -> dict[str, Any] | None:
@@ -62,9 +67,15 @@ class Storage:
             copy(fs.LocalFileSystem(), str(passing), self.system, f"{self.root}/{SUBMISSION}")
         passing.unlink()
 
-    def mirror(self, folder: Path) -> None:
-        """Bring the copy up to date with a folder that others write meanwhile. Raises StorageError."""
+    def mirror(self, folder: Path, final: bool = False) -> None:
+        """Bring the copy up to date with a folder that others write meanwhile. Raises StorageError.
+
+        What is gone is removed when it was gone the last time too, or nobody writes any more (final): a trial that
+        another one's state is put into is away for a moment.
+        """
         with self._told("cannot be written"):
+            if self._there is None:
+                self._sweep()
             there = self.files() if self._there is None else self._there
             ledger = folder / LEDGER
             decided = _status(ledger) if ledger.is_file() else None  # before what it names is listed
@@ -75,10 +86,11 @@ class Storage:
                     whole &= self._send(folder / name, name, there)
                 elif whole and (name != LEDGER or decided is not None):
                     self._send(folder / name, name, there, decided if name == LEDGER else None)
-            for name in sorted(there.keys() - {*here}, key=_order, reverse=True):
+            gone = there.keys() - {*here}
+            for name in sorted(gone if final else gone & self._gone, key=_order, reverse=True):
                 self._remove(name, folder)
                 del there[name]
-            self._there = there
+            self._there, self._gone = there, gone & there.keys()
 
     def add(self, folder: Path, part: str) -> None:
         """Copy what is new in a part of the folder, and remove nothing. Raises StorageError."""
@@ -144,6 +156,12 @@ class Storage:
             if not held:
                 self.system.delete_dir(f"{self.root}/{RUN}/{parent}")
                 self._folders.discard(f"{self.root}/{RUN}/{parent}")
+
+    def _sweep(self) -> None:
+        """Remove what writers that were killed had not brought to its end."""
+        for info in self.system.get_file_info(fs.FileSelector(self.root, allow_not_found=True, recursive=True)):
+            if info.type == fs.FileType.File and PASSING.fullmatch(PurePosixPath(info.path).name):
+                self.system.delete_file(info.path)
 
     def _create(self, folder: str) -> None:
         if folder not in self._folders:

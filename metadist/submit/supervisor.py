@@ -232,11 +232,11 @@ class Supervisor:
                     found.append((name, (self.folder / name).stat().st_mtime_ns))
         return sorted(found)
 
-    def _mirror(self) -> None:
+    def _mirror(self, final: bool = False) -> None:
         if self.job.verb == "evaluate":
             self.storage.add(self.folder, "evaluations")
         else:
-            self.storage.mirror(self.folder)
+            self.storage.mirror(self.folder, final)
 
     def _deliver(self) -> None:
         """All of it, at the end; what is stored needs no second copy here."""
@@ -244,7 +244,7 @@ class Supervisor:
             return
         for pause in (2.0, 8.0, 0.0):
             try:
-                self._mirror()
+                self._mirror(final=True)
                 break
             except StorageError as error:
                 if not pause:

@@ -53,7 +53,7 @@ def test_what_a_run_removes_is_removed(place: str, tiny_copy: Path, tmp_path: Pa
             oldest = min((tiny_copy / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
             shutil.rmtree(oldest)
             (tiny_copy / "config.yaml").write_text(f"changed: {number}\n")
-        storage.mirror(tiny_copy)
+        storage.mirror(tiny_copy, final=True)
         assert set(storage.files()) == set(contents(tiny_copy))
     assert Storage(place, "a").restore(tmp_path / "back")
     assert contents(tmp_path / "back") == contents(tiny_copy)
@@ -130,7 +130,7 @@ def test_copying_that_is_broken_off_anywhere_leaves_a_good_checkpoint(
         monkeypatch.setattr(of, "copy", copy)
         monkeypatch.setattr(Storage, "_remove", remove)
         try:
-            Storage(place, "a").mirror(tiny_copy)
+            Storage(place, "a").mirror(tiny_copy, final=True)
             ends += 1
         except BrokenOff:
             pass
@@ -196,6 +196,36 @@ def test_a_stored_ledger_names_only_what_is_stored(tmp_path: Path, monkeypatch: 
             break
     assert named == ["t9", "t5"]
     assert most == 8
+
+
+def test_a_trial_that_is_away_for_a_moment_stays_stored(tmp_path: Path) -> None:
+    search, storage = tmp_path / "search", Storage(str(tmp_path / "storage"), "a")
+    finish(search, "t1")
+    storage.mirror(search)
+    whole = storage.files()
+    trial, aside = search / "trials" / "t1", search / "trials" / ".t1.old"
+    for _ in range(2):
+        trial.rename(aside)
+        storage.mirror(search)
+        assert storage.files() == whole
+        aside.rename(trial)
+        storage.mirror(search)
+    shutil.rmtree(trial)
+    storage.mirror(search)
+    storage.mirror(search)
+    assert list(storage.files()) == ["ledger.jsonl"]
+
+
+def test_what_a_killed_writer_had_begun_is_removed_by_the_next(tmp_path: Path) -> None:
+    search, place = tmp_path / "search", tmp_path / "storage"
+    finish(search, "t1")
+    Storage(str(place), "a").mirror(search)
+    stored = place / "a" / "run"
+    for name in (".ledger.jsonl.0123abcd", "trials/t1/.result.json.0123abcd", "../.submission.json.0123abcd"):
+        (stored / name).write_text("half")
+    (stored / ".kept").write_text("")
+    Storage(str(place), "a").mirror(search)
+    assert [path.name for path in (place / "a").rglob(".*")] == [".kept"]
 
 
 def test_a_place_that_takes_or_has_nothing(tiny_copy: Path, tmp_path: Path) -> None:
