@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pyarrow as pa
 from pyarrow import fs
 
 from metadist.errors import RunError, StorageError
@@ -56,8 +57,14 @@ class Storage:
             if self.system.get_file_info(path).type != fs.FileType.File:
                 return None
             with self.system.open_input_stream(path) as read:
-                found: dict[str, Any] = json.loads(read.read())
-                return found
+                content = read.read()
+        try:
+            found: Any = json.loads(content)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise RunError(f"{path}: is damaged; remove it, or choose another --id")
+        return found
 
     def begin(self, told: dict[str, Any], passing: Path) -> None:
         """Write that down; passing: a file beside which nothing else is."""
@@ -172,10 +179,8 @@ class Storage:
     def _told(self, what: str) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, pa.ArrowException) as error:
             raise StorageError(f"storage: {self.place} {what}: {why(error)}") from error
-        except ValueError as error:
-            raise RunError(f"{self.root}/{SUBMISSION}: is damaged; remove it, or choose another --id") from error
 
 
 def _status(path: Path) -> Status:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from metadist.errors import RunError, StorageError
@@ -235,9 +236,23 @@ def test_a_place_that_takes_or_has_nothing(tiny_copy: Path, tmp_path: Path) -> N
     with pytest.raises(StorageError, match=r"storage: nfs://a: .* valid: a folder, or a URI"):
         Storage("nfs://a", "a")
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "submission.json").write_text("{")
-    with pytest.raises(RunError, match="damaged"):
-        Storage(str(tmp_path), "a").submission()
+    for damaged in (b"{", b"[]", b"\xff"):
+        (tmp_path / "a" / "submission.json").write_bytes(damaged)
+        with pytest.raises(RunError, match=r"submission.json: is damaged; remove it"):
+            Storage(str(tmp_path), "a").submission()
+
+
+def test_what_pyarrow_refuses_is_of_the_storage(
+    tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of its errors are no OSError: a name that is no path in a bucket, for one."""
+
+    def copy(*_: object) -> None:
+        raise pa.ArrowInvalid("no such thing")
+
+    monkeypatch.setattr(of, "copy", copy)
+    with pytest.raises(StorageError, match=r"storage: .* cannot be written: no such thing"):
+        Storage(str(tmp_path / "storage"), "a").mirror(tiny_copy)
 
 
 def test_a_server_that_is_not_there(
