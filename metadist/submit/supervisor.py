@@ -106,14 +106,27 @@ class Supervisor:
         assert self._process.stdout is not None
         relay = threading.Thread(target=self._relay, args=(self._process.stdout,), daemon=True)
         relay.start()
-        looked = time.monotonic()
-        while (code := self._process.poll()) is None:
-            time.sleep(POLL)
-            if time.monotonic() > looked + LOOK:
-                self._mirror_if_due()
-                looked = time.monotonic()
+        try:
+            looked = time.monotonic()
+            while (code := self._process.poll()) is None:
+                time.sleep(POLL)
+                if time.monotonic() > looked + LOOK:
+                    self._mirror_if_due()
+                    looked = time.monotonic()
+        except BaseException:
+            self._end(self._process)
+            raise
         relay.join(5)
         return code
+
+    def _end(self, process: "subprocess.Popen[str]") -> None:
+        """It has its time for a last checkpoint."""
+        process.terminate()
+        try:
+            process.wait(self.job.config.checkpoint.grace)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
     def _words(self) -> list[str]:
         """The verb's command line, of a folder that is new or was begun."""
@@ -235,8 +248,16 @@ class Supervisor:
     def _mirror(self, final: bool = False) -> None:
         if self.job.verb == "evaluate":
             self.storage.add(self.folder, "evaluations")
-        else:
-            self.storage.mirror(self.folder, final)
+            return
+        stored = self.storage.submission()
+        if stored is None:  # it was cleared meanwhile: all of it is sent again
+            self.storage = Storage(self.job.config.storage, self.job.run)
+            self._begin()
+        elif stored.get("writer") != self.writer:
+            raise RunError(
+                f"{self.job.id}: {stored.get('host')} has gone on with it; this attempt on {socket.gethostname()} ends"
+            )
+        self.storage.mirror(self.folder, final)
 
     def _deliver(self) -> None:
         """All of it, at the end; what is stored needs no second copy here."""

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from metadist.errors import StorageError
+from metadist.errors import RunError, StorageError
 from metadist.submit.submission import submission
 from metadist.submit.supervisor import Supervisor
 
@@ -156,6 +157,41 @@ def test_undelivered_results_outlive_an_attempt_that_could_not_begin(
     assert other.writer != first.writer
     supervisor()._bring()
     assert not kept.exists(), "another host has"
+
+
+def test_a_host_that_another_has_taken_over_from_writes_no_more(
+    supervisor: Callable[..., Supervisor], tmp_path: Path
+) -> None:
+    first, other = supervisor(), supervisor(host="other")
+    first._bring()
+    left(first, "first")
+    first._mirror()
+    other._bring()
+    left(other, "other")
+    other._mirror()
+    with pytest.raises(RunError, match=f"a: {socket.gethostname()} has gone on with it; this attempt .* ends"):
+        first._mirror()
+    stored = tmp_path / "storage" / "a" / "run" / "left.txt"
+    assert stored.read_text() == "other"
+    shutil.rmtree(tmp_path / "storage")
+    other._mirror()
+    assert stored.read_text() == "other"
+    assert other.storage.submission() is not None, "cleared and begun again"
+
+
+def test_the_process_of_a_host_that_was_taken_over_from_is_ended(
+    enter: Callable[..., Entry], tiny_job: Path, tmp_path: Path, wait_until: Callable[..., Any],
+    process_of: Callable[..., int], is_alive: Callable[[int], bool],
+) -> None:  # fmt: skip
+    entry = enter(tiny_job, *ENDLESS, f"storage={tmp_path / 'storage'}", "--id=a")
+    wait_until(stored_step(tmp_path, "a", 10), 60, "a stored checkpoint")
+    pid = process_of(entry)
+    path = tmp_path / "storage" / "a" / "submission.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "writer": "another", "host": "over-there"}))
+    assert entry.wait(60) == RunError.exit_code, entry.said
+    assert "error: a: over-there has gone on with it" in entry.said
+    assert "Traceback" not in entry.said
+    assert not is_alive(pid)
 
 
 @pytest.mark.chaos
