@@ -33,20 +33,27 @@ def open_folder(place: str) -> tuple[FileSystem, str]:
     return storage, folder.rstrip("/")
 
 
-def copy(source: FileSystem, path: str, target: FileSystem, to: str) -> None:
-    """One file from one file system to another, whose folder exists; appears whole or not at all. Raises OSError.
+def copy(source: FileSystem, path: str, target: FileSystem, to: str, size: int | None = None) -> None:
+    """One file from one file system to another, whose folder exists; appears whole or not at all. Raises OSError and
+    ArrowException.
+
+    size: bytes from its beginning, of a file that others append to.
 
     The stream of a bucket that is closed early leaves half a file: so another name comes first.
     """
+    import pyarrow as pa
+
     folder, _, name = to.rpartition("/")
     passing = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}"
     try:
         with source.open_input_stream(path) as read, target.open_output_stream(passing) as written:
-            while piece := read.read(PIECE):
+            left = size
+            while piece := read.read(PIECE if left is None else min(PIECE, left)):
                 written.write(piece)
+                left = None if left is None else left - len(piece)
         target.move(passing, to)
-    except OSError:
-        with contextlib.suppress(OSError):
+    except (OSError, pa.ArrowException):
+        with contextlib.suppress(OSError, pa.ArrowException):
             target.delete_file(passing)
         raise
 

@@ -9,7 +9,7 @@ import yaml
 from metadist.errors import ConfigError
 from metadist.manifests.demand import Demand
 from metadist.submit.package import JOB
-from metadist.submit.submission import Submission
+from metadist.submit.submission import Submission, outlives_a_host
 
 Node = dict[str, Any]
 
@@ -94,7 +94,7 @@ def _sized(cluster: Node, wanted: Demand) -> Node:
 def _store(cluster: Node, wanted: Demand, lasting: bool) -> None:
     """Mount the claim where the job's storage is a path, and leave it out where it is not."""
     storage = wanted.job.config.storage
-    if lasting and not storage.startswith("/") and "://" not in storage:
+    if lasting and not storage.startswith("/") and not outlives_a_host(storage):
         raise ConfigError(
             f"storage: {storage}: a RayJob's cluster is deleted with its disks when the run is over; valid is "
             f"s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, or an absolute path, where the volume is then mounted"

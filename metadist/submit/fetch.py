@@ -18,6 +18,7 @@ from metadist.durable import storage_errors
 from metadist.errors import MetadistError, RunError
 from metadist.submit.client import Server
 from metadist.submit.storage import RUN, Storage
+from metadist.submit.submission import outlives_a_host
 
 MOST_BYTES = 512 * 2**20
 """Of a folder that comes through the job server, which holds the whole of it in memory."""
@@ -31,7 +32,7 @@ def fetch(server: Server, run: str, place: str, to: Path) -> int:
         raise RunError(f"--to: {to} exists already; choose another folder")
     with storage_errors(to):
         to.parent.mkdir(parents=True, exist_ok=True)
-    if "://" in place:
+    if outlives_a_host(place):
         storage = Storage(place, run)
         if not storage.restore(to):
             raise RunError(_nothing(run, place))

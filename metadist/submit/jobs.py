@@ -5,7 +5,7 @@ from collections.abc import Callable
 from metadist.config import STORAGE
 from metadist.errors import ClusterError, RunError
 from metadist.submit.client import Attempt, Server
-from metadist.submit.submission import Submission
+from metadist.submit.submission import Submission, outlives_a_host
 
 Say = Callable[[str], None]
 
@@ -45,6 +45,7 @@ def send(server: Server, job: Submission, say: Say) -> tuple[Attempt, bool]:
         )
     name = server.submit(job, known[-1].number + 1 if known else 1)
     say(f"submitted {name}")
-    where = "" if "://" in job.config.storage else " on the disk of the cluster's head; storage=s3://… outlives it"
+    lasts = outlives_a_host(job.config.storage)
+    where = "" if lasts else " on the disk of the cluster's head; storage=s3://… outlives it"
     say(f"results: {job.config.storage}/{job.run}{where}")
     return server.last(name), True

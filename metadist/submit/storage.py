@@ -6,6 +6,7 @@ end: whenever the copying is broken off, what is there can be resumed from.
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pyarrow as pa
 from pyarrow import fs
 
 from metadist.errors import RunError, StorageError
@@ -20,6 +22,17 @@ from metadist.filesystems import NotAFileSystem, copy, open_folder, why
 
 SUBMISSION, RUN = "submission.json", "run"
 LAST = ("result.json", "search.json")
+LEDGER = "ledger.jsonl"
+DECIDED = (5, LEDGER)
+"""Behind all that a ledger names, and before what says that the whole is finished."""
+
+PASSING = re.compile(r"\..+\.[0-9a-f]{8}")
+"""What a file is called until it is whole."""
+
+Status = tuple[int, int, int, int]
+"""Of a file that was sent, or brought back, by this object. A search puts another member's checkpoint in the place of
+one, with its name, its bytes and its time: so the inode and its own time count too, and nothing else says that what is
+stored is what is here."""
 
 
 class Storage:
@@ -32,8 +45,9 @@ class Storage:
         except NotAFileSystem as error:
             raise StorageError(f"storage: {place}: {error}") from error
         self.root = f"{folder}/{id}"
-        self._sent: dict[str, tuple[int, int, int]] = {}
+        self._sent: dict[str, Status] = {}
         self._there: dict[str, int] | None = None
+        self._gone: set[str] = set()
         self._folders: set[str] = set()
 
     def submission(self) -> dict[str, Any] | None:
@@ -43,8 +57,14 @@ class Storage:
             if self.system.get_file_info(path).type != fs.FileType.File:
                 return None
             with self.system.open_input_stream(path) as read:
-                found: dict[str, Any] = json.loads(read.read())
-                return found
+                content = read.read()
+        try:
+            found: Any = json.loads(content)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise RunError(f"{path}: is damaged; remove it, or choose another --id")
+        return found
 
     def begin(self, told: dict[str, Any], passing: Path) -> None:
         """Write that down; passing: a file beside which nothing else is."""
@@ -54,17 +74,30 @@ class Storage:
             copy(fs.LocalFileSystem(), str(passing), self.system, f"{self.root}/{SUBMISSION}")
         passing.unlink()
 
-    def mirror(self, folder: Path) -> None:
-        """Bring the copy up to date with a folder that others write meanwhile. Raises StorageError."""
+    def mirror(self, folder: Path, final: bool = False) -> None:
+        """Bring the copy up to date with a folder that others write meanwhile. Raises StorageError.
+
+        What is gone is removed when it was gone the last time too, or nobody writes any more (final): a trial that
+        another one's state is put into is away for a moment.
+        """
         with self._told("cannot be written"):
+            if self._there is None:
+                self._sweep()
             there = self.files() if self._there is None else self._there
+            ledger = folder / LEDGER
+            decided = _status(ledger) if ledger.is_file() else None  # before what it names is listed
             here = sorted(files_of(folder), key=_order)
+            whole = True
             for name in here:
-                self._send(folder / name, name, there)
-            for name in sorted(there.keys() - {*here}, key=_order, reverse=True):
+                if _order(name) < DECIDED:
+                    whole &= self._send(folder / name, name, there)
+                elif whole and (name != LEDGER or decided is not None):
+                    self._send(folder / name, name, there, decided if name == LEDGER else None)
+            gone = there.keys() - {*here}
+            for name in sorted(gone if final else gone & self._gone, key=_order, reverse=True):
                 self._remove(name, folder)
                 del there[name]
-            self._there = there
+            self._there, self._gone = there, gone & there.keys()
 
     def add(self, folder: Path, part: str) -> None:
         """Copy what is new in a part of the folder, and remove nothing. Raises StorageError."""
@@ -85,6 +118,7 @@ class Storage:
                     (passing / name).parent.mkdir(parents=True, exist_ok=True)
                     copy(self.system, f"{self.root}/{RUN}/{name}", fs.LocalFileSystem(), str(passing / name))
                 if names:
+                    self._sent = {name: _status(passing / name) for name in names}
                     os.rename(passing, folder)
             finally:
                 shutil.rmtree(passing, ignore_errors=True)
@@ -103,20 +137,21 @@ class Storage:
             if info.type == fs.FileType.File and not PurePosixPath(name).name.startswith(".")
         }
 
-    def _send(self, path: Path, name: str, there: dict[str, int]) -> None:
+    def _send(self, path: Path, name: str, there: dict[str, int], upto: Status | None = None) -> bool:
+        """Whether the file was there; upto: as it was when only so much of it could be sent."""
         try:
-            status = path.stat()
-            now = (status.st_size, status.st_mtime_ns, status.st_ino)
-            fixed = "/step-" in f"/{name}" and there.get(name) == status.st_size  # one of a checkpoint never changes
-            if not fixed and self._sent.get(name) != now:
+            now = upto or _status(path)
+            if name not in there or self._sent.get(name) != now:
                 to = f"{self.root}/{RUN}/{name}"
                 self._create(to.rpartition("/")[0])
-                copy(fs.LocalFileSystem(), str(path), self.system, to)
+                copy(fs.LocalFileSystem(), str(path), self.system, to, now[0] if upto else None)
             self._sent[name] = now
-            there[name] = status.st_size
+            there[name] = now[0]
         except FileNotFoundError:
             if path.exists():  # it is not a checkpoint that was removed while we looked
                 raise
+            return False
+        return True
 
     def _remove(self, name: str, folder: Path) -> None:
         path = f"{self.root}/{RUN}/{name}"
@@ -129,6 +164,12 @@ class Storage:
                 self.system.delete_dir(f"{self.root}/{RUN}/{parent}")
                 self._folders.discard(f"{self.root}/{RUN}/{parent}")
 
+    def _sweep(self) -> None:
+        """Remove what writers that were killed had not brought to its end."""
+        for info in self.system.get_file_info(fs.FileSelector(self.root, allow_not_found=True, recursive=True)):
+            if info.type == fs.FileType.File and PASSING.fullmatch(PurePosixPath(info.path).name):
+                self.system.delete_file(info.path)
+
     def _create(self, folder: str) -> None:
         if folder not in self._folders:
             self.system.create_dir(folder, recursive=True)
@@ -138,10 +179,13 @@ class Storage:
     def _told(self, what: str) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, pa.ArrowException) as error:
             raise StorageError(f"storage: {self.place} {what}: {why(error)}") from error
-        except ValueError as error:
-            raise RunError(f"{self.root}/{SUBMISSION}: is damaged; remove it, or choose another --id") from error
+
+
+def _status(path: Path) -> Status:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 def files_of(folder: Path) -> list[str]:
@@ -155,10 +199,13 @@ def files_of(folder: Path) -> list[str]:
 
 
 def _order(name: str) -> tuple[int, str]:
-    """Metrics and config; then checkpoints, each with its JSON last; then what says that the run is finished."""
+    """Metrics and config; then checkpoints, each with its JSON last; then what says that a run is finished: of a
+    search's trials, its ledger, which names what they left, and its own."""
     path = PurePosixPath(name)
+    if name == LEDGER:
+        return DECIDED
     if path.name in LAST:
-        return 4, name
+        return 6 if name in LAST else 4, name
     if path.parent.name.startswith("step-"):
         return 2 if path.name == "checkpoint.json" else 1, name
     return 3 if path.suffix == ".safetensors" else 0, name

@@ -28,10 +28,13 @@ from metadist.config import (
 from metadist.data.sources import check as check_source
 from metadist.errors import ConfigError
 from metadist.submit.package import JOB, code_hash
-from metadist.tracking.destination import check_uri
+from metadist.tracking.destination import check_uri, masked
 
 VERBS = ("train", "search", "evaluate", "reproduce")
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "file")
+LOCAL = "file"
+"""Of SCHEMES, the one that is a disk of whoever reads it."""
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -113,6 +116,12 @@ def submission(words: Sequence[str], options: Options = NO_OPTIONS, id: str | No
     return Submission(verb, named_so, run, job, [verb, *([JOB] if job is not None else rest)], identity, config)
 
 
+def outlives_a_host(storage: str) -> bool:
+    """Whether a storage is the same one wherever it is read: a bucket is, a folder or `file://` is a host's disk."""
+    scheme, found, _ = storage.partition("://")
+    return bool(found) and scheme != LOCAL
+
+
 def _training(name: str, overrides: Sequence[str]) -> Config:
     config = resolve(_on_the_cluster(load(name, overrides)))
     _check_run(config)
@@ -140,7 +149,14 @@ def _on_the_cluster(config: Config) -> Config:
 def _check_run(config: Config) -> None:
     for source in config.data.sources:
         check_source(source)
-    check_uri(config.tracking.uri)
+    uri = config.tracking.uri
+    if masked(uri) != uri or re.search(r"[?&](password|passwd|pwd)=", uri, re.IGNORECASE):
+        raise ConfigError(
+            "tracking.uri: holds a password, which would be sent in the job file; valid is the URI without it, and "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment of the cluster (on Kubernetes "
+            "in the secret metadist-credentials)"
+        )
+    check_uri(uri)
 
 
 def _check_evaluation(run: str, overrides: Sequence[str], options: Options) -> None:

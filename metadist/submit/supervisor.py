@@ -57,6 +57,7 @@ class Supervisor:
         self.job = job
         self.storage = Storage(job.config.storage, job.run)
         self.folder = cache_folder() / "jobs" / job.id
+        self.writer = ""
         self.stopped = False
         self.step: int | None = None
         self._process: subprocess.Popen[str] | None = None
@@ -105,14 +106,27 @@ class Supervisor:
         assert self._process.stdout is not None
         relay = threading.Thread(target=self._relay, args=(self._process.stdout,), daemon=True)
         relay.start()
-        looked = time.monotonic()
-        while (code := self._process.poll()) is None:
-            time.sleep(POLL)
-            if time.monotonic() > looked + LOOK:
-                self._mirror_if_due()
-                looked = time.monotonic()
+        try:
+            looked = time.monotonic()
+            while (code := self._process.poll()) is None:
+                time.sleep(POLL)
+                if time.monotonic() > looked + LOOK:
+                    self._mirror_if_due()
+                    looked = time.monotonic()
+        except BaseException:
+            self._end(self._process)
+            raise
         relay.join(5)
         return code
+
+    def _end(self, process: "subprocess.Popen[str]") -> None:
+        """It has its time for a last checkpoint."""
+        process.terminate()
+        try:
+            process.wait(self.job.config.checkpoint.grace)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
     def _words(self) -> list[str]:
         """The verb's command line, of a folder that is new or was begun."""
@@ -185,22 +199,28 @@ class Supervisor:
             if not self.storage.restore(self.folder):
                 raise RunError(f"{self.job.run}: no run of this id is stored in {self.storage.place}")
             return
-        if before is not None and before["identity"] != self.job.identity:
+        if before is not None and before.get("identity") != self.job.identity:
             raise RunError(
                 f"{self.job.id}: stands in {self.storage.place} with another config or other code; choose another --id"
             )
         mine = self.folder.with_name(f"{self.job.id}.writer")
         last = mine.read_text() if mine.is_file() else ""
-        if before is not None and before["writer"] != last:
+        if before is not None and before.get("writer") == last:  # what is here may be more than what is stored
+            self.writer = last
+        else:
+            self.writer = uuid.uuid4().hex
             shutil.rmtree(self.folder, ignore_errors=True)
         if before is not None and not self.folder.exists() and self.storage.restore(self.folder):
             self.say(f"going on with what is stored in {self.storage.place}")
-        writer = uuid.uuid4().hex
         with storage_errors(mine):
-            mine.write_text(writer)
+            mine.write_text(self.writer)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Say in the storage who writes it."""
         told: dict[str, Any] = {
             "id": self.job.id, "verb": self.job.verb, "words": self.job.words, "identity": self.job.identity,
-            "writer": writer, "host": socket.gethostname(), "time": time.time(),
+            "writer": self.writer, "host": socket.gethostname(), "time": time.time(),
         }  # fmt: skip
         self.storage.begin(told, self.folder.with_name(f".{self.job.id}.json"))
 
@@ -225,11 +245,19 @@ class Supervisor:
                     found.append((name, (self.folder / name).stat().st_mtime_ns))
         return sorted(found)
 
-    def _mirror(self) -> None:
+    def _mirror(self, final: bool = False) -> None:
         if self.job.verb == "evaluate":
             self.storage.add(self.folder, "evaluations")
-        else:
-            self.storage.mirror(self.folder)
+            return
+        stored = self.storage.submission()
+        if stored is None:  # it was cleared meanwhile: all of it is sent again
+            self.storage = Storage(self.job.config.storage, self.job.run)
+            self._begin()
+        elif stored.get("writer") != self.writer:
+            raise RunError(
+                f"{self.job.id}: {stored.get('host')} has gone on with it; this attempt on {socket.gethostname()} ends"
+            )
+        self.storage.mirror(self.folder, final)
 
     def _deliver(self) -> None:
         """All of it, at the end; what is stored needs no second copy here."""
@@ -237,7 +265,7 @@ class Supervisor:
             return
         for pause in (2.0, 8.0, 0.0):
             try:
-                self._mirror()
+                self._mirror(final=True)
                 break
             except StorageError as error:
                 if not pause:

@@ -165,6 +165,8 @@ def test_written_to_a_file_is_what_is_printed(cli: Run, tmp_path: Path) -> None:
     [
         (("--kind", "pod", "quickstart", STORED), ("--kind", "'pod'", "raycluster, rayjob")),
         (("quickstart",), ("storage:", "s3://BUCKET/FOLDER")),
+        (("quickstart", "storage=file:///results"), ("storage: file:///results", "s3://BUCKET/FOLDER")),
+        (("quickstart", STORED, "tracking.uri=http://user:secret@host"), ("tracking.uri", "metadist-credentials")),
         (("quickstart", "storage=results"), ("storage: 'results'", "/FOLDER")),
         (("evaluate", "quickstart-0123", STORED), ("evaluate:", "a cluster that stands")),
         (("quickstart", "search-inner-loop", STORED), ("one job at a time",)),

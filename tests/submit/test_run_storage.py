@@ -1,11 +1,13 @@
 """A run's folder in a storage: whole, or resumable from, whenever the copying was broken off."""
 
 import itertools
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from metadist.errors import RunError, StorageError
@@ -52,10 +54,47 @@ def test_what_a_run_removes_is_removed(place: str, tiny_copy: Path, tmp_path: Pa
             oldest = min((tiny_copy / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
             shutil.rmtree(oldest)
             (tiny_copy / "config.yaml").write_text(f"changed: {number}\n")
-        storage.mirror(tiny_copy)
+        storage.mirror(tiny_copy, final=True)
         assert set(storage.files()) == set(contents(tiny_copy))
     assert Storage(place, "a").restore(tmp_path / "back")
     assert contents(tmp_path / "back") == contents(tiny_copy)
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["the-same-process", "a-later-one"])
+def test_a_checkpoint_that_another_ones_replaces_is_copied_again(fresh: bool, tiny_copy: Path, tmp_path: Path) -> None:
+    """As a search does: under its name, with its bytes and its time."""
+    storage = Storage(str(tmp_path / "storage"), "a")
+    storage.mirror(tiny_copy)
+    (tiny_copy / "checkpoints").rename(tmp_path / "old")
+    shutil.copytree(tmp_path / "old", tiny_copy / "checkpoints")
+    for path in (tiny_copy / "checkpoints").rglob("*.*"):
+        status = path.stat()
+        path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    (Storage(storage.place, "a") if fresh else storage).mirror(tiny_copy)
+    assert Storage(storage.place, "a").restore(tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tiny_copy)
+
+
+def test_what_was_sent_or_brought_back_is_not_sent_again(
+    tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(str(tmp_path / "storage"), "a")
+    storage.mirror(tiny_copy)
+    other = Storage(storage.place, "a")
+    assert other.restore(tmp_path / "back")
+    (tmp_path / "back" / "config.yaml").write_text("changed: 1\n")
+    real_copy, copied = of.copy, []
+
+    def copy(*given: Any) -> None:
+        copied.append(Path(given[3]).name)
+        real_copy(*given)
+
+    monkeypatch.setattr(of, "copy", copy)
+    storage.mirror(tiny_copy)
+    assert copied == []
+    other.mirror(tmp_path / "back")
+    assert copied == ["config.yaml"]
 
 
 class BrokenOff(Exception):
@@ -92,7 +131,7 @@ def test_copying_that_is_broken_off_anywhere_leaves_a_good_checkpoint(
         monkeypatch.setattr(of, "copy", copy)
         monkeypatch.setattr(Storage, "_remove", remove)
         try:
-            Storage(place, "a").mirror(tiny_copy)
+            Storage(place, "a").mirror(tiny_copy, final=True)
             ends += 1
         except BrokenOff:
             pass
@@ -113,6 +152,83 @@ def test_copying_that_is_broken_off_anywhere_leaves_a_good_checkpoint(
     assert most > 8
 
 
+def finish(search: Path, trial: str) -> None:
+    """A trial's folder and the ledger's line about it, as a search writes them; no id is in the order of time."""
+    step = search / "trials" / trial / "checkpoints" / "step-4"
+    step.mkdir(parents=True)
+    for path in (step / "state.safetensors", step / "checkpoint.json", step.parents[1] / "result.json"):
+        path.write_text(trial)
+    with (search / "ledger.jsonl").open("a") as file:
+        file.write(f"{trial}\n")
+
+
+def test_a_stored_ledger_names_only_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken off after any copy, while a trial ends between any two; `search.json` is behind the ledger."""
+    real_copy = of.copy
+    ended = 0
+    for most in itertools.count():
+        search, place = tmp_path / f"search-{most}", tmp_path / f"storage-{most}"
+        finish(search, "t9")
+        Storage(str(place), "a").mirror(search)
+        finish(search, "t5")
+        (search / "search.json").write_text("{}")
+        left = iter(range(most))
+
+        def copy(*given: Any, search: Path = search, left: Iterator[int] = left) -> None:
+            number = next(left, None)
+            if number is None:
+                raise BrokenOff
+            finish(search, f"t{number + 10}")
+            real_copy(*given)
+
+        monkeypatch.setattr(of, "copy", copy)
+        try:
+            Storage(str(place), "a").mirror(search)
+            ended += 1
+        except BrokenOff:
+            pass
+        monkeypatch.setattr(of, "copy", real_copy)
+        stored = place / "a" / "run"
+        named = (stored / "ledger.jsonl").read_text().split()
+        for trial in named:
+            assert len([path for path in (stored / "trials" / trial).rglob("*.*") if path.is_file()]) == 3
+        assert ("t5" in named) >= (stored / "search.json").exists()
+        if ended:
+            break
+    assert named == ["t9", "t5"]
+    assert most == 8
+
+
+def test_a_trial_that_is_away_for_a_moment_stays_stored(tmp_path: Path) -> None:
+    search, storage = tmp_path / "search", Storage(str(tmp_path / "storage"), "a")
+    finish(search, "t1")
+    storage.mirror(search)
+    whole = storage.files()
+    trial, aside = search / "trials" / "t1", search / "trials" / ".t1.old"
+    for _ in range(2):
+        trial.rename(aside)
+        storage.mirror(search)
+        assert storage.files() == whole
+        aside.rename(trial)
+        storage.mirror(search)
+    shutil.rmtree(trial)
+    storage.mirror(search)
+    storage.mirror(search)
+    assert list(storage.files()) == ["ledger.jsonl"]
+
+
+def test_what_a_killed_writer_had_begun_is_removed_by_the_next(tmp_path: Path) -> None:
+    search, place = tmp_path / "search", tmp_path / "storage"
+    finish(search, "t1")
+    Storage(str(place), "a").mirror(search)
+    stored = place / "a" / "run"
+    for name in (".ledger.jsonl.0123abcd", "trials/t1/.result.json.0123abcd", "../.submission.json.0123abcd"):
+        (stored / name).write_text("half")
+    (stored / ".kept").write_text("")
+    Storage(str(place), "a").mirror(search)
+    assert [path.name for path in (place / "a").rglob(".*")] == [".kept"]
+
+
 def test_a_place_that_takes_or_has_nothing(tiny_copy: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"storage: .*file/below cannot be written"):
@@ -120,9 +236,23 @@ def test_a_place_that_takes_or_has_nothing(tiny_copy: Path, tmp_path: Path) -> N
     with pytest.raises(StorageError, match=r"storage: nfs://a: .* valid: a folder, or a URI"):
         Storage("nfs://a", "a")
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "submission.json").write_text("{")
-    with pytest.raises(RunError, match="damaged"):
-        Storage(str(tmp_path), "a").submission()
+    for damaged in (b"{", b"[]", b"\xff"):
+        (tmp_path / "a" / "submission.json").write_bytes(damaged)
+        with pytest.raises(RunError, match=r"submission.json: is damaged; remove it"):
+            Storage(str(tmp_path), "a").submission()
+
+
+def test_what_pyarrow_refuses_is_of_the_storage(
+    tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of its errors are no OSError: a name that is no path in a bucket, for one."""
+
+    def copy(*_: object) -> None:
+        raise pa.ArrowInvalid("no such thing")
+
+    monkeypatch.setattr(of, "copy", copy)
+    with pytest.raises(StorageError, match=r"storage: .* cannot be written: no such thing"):
+        Storage(str(tmp_path / "storage"), "a").mirror(tiny_copy)
 
 
 def test_a_server_that_is_not_there(

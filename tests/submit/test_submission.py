@@ -12,8 +12,9 @@ import yaml
 
 from metadist.config import load
 from metadist.errors import ConfigError, DataError
+from metadist.submit.fetch import fetch
 from metadist.submit.package import PACKAGE, code_hash, package_files, stage
-from metadist.submit.submission import Options, submission
+from metadist.submit.submission import Options, outlives_a_host, submission
 
 
 def test_the_id_is_of_config_and_code(tiny_job: Path) -> None:
@@ -86,6 +87,18 @@ REFUSED = {
     "relative-storage": (["quickstart", "storage=results"], ("storage", "relative", "/FOLDER")),
     "storage-scheme": (["quickstart", "storage=ftp://a"], ("storage", "ftp://", "s3")),
     "a-key-in-the-storage": (["quickstart", "storage=s3://a:b@c/d"], ("storage", "AWS_ACCESS_KEY_ID")),
+    "a-password-in-the-tracking": (
+        ["quickstart", "tracking.uri=https://user:secret@host"],
+        ("tracking.uri", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "metadist-credentials"),
+    ),
+    "a-password-in-a-search": (
+        ["search-inner-loop", "tracking.uri=http://user:secret@host:5000"],
+        ("tracking.uri", "MLFLOW_TRACKING_PASSWORD"),
+    ),
+    "a-password-in-a-query": (
+        ["quickstart", "tracking.uri=http://host/?user=a&password=secret"],
+        ("tracking.uri", "MLFLOW_TRACKING_PASSWORD"),
+    ),
     "queue": (["quickstart", "jobs.queue=0"], ("jobs.queue",)),
     "evaluation-of-a-training-key": (["evaluate", "a", "outer.lr=1"], ("outer.lr", "belongs to the training")),
     "evaluation-of-an-unknown-key": (["evaluate", "a", "eval.shotz=1"], ("eval.shotz", "did you mean eval.shots?")),
@@ -100,6 +113,29 @@ def test_refused_before_anything_is_sent(words: list[str], say: tuple[str, ...])
     with pytest.raises((ConfigError, DataError)) as refusal:
         submission(words)
     assert all(word in str(refusal.value) for word in say), refusal.value
+    assert "secret@" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("storage", "anywhere"), [("s3://a/b", True), ("gs://a", True), ("/a", False), ("~/a", False), ("file:///a", False)]
+)
+def test_a_file_uri_is_a_disk_of_the_head(storage: str, anywhere: bool, tmp_path: Path) -> None:
+    """Fetched through the job server as a folder is, and refused for a cluster whose disks go with it."""
+    assert outlives_a_host(storage) is anywhere
+    if storage == "file:///a":
+        asked = []
+
+        class Asked(Exception):
+            pass
+
+        class Head:
+            def run_apart(self, name: str, words: list[str]) -> str:
+                asked.append(words)
+                raise Asked
+
+        with pytest.raises(Asked):
+            fetch(Head(), "run", storage, tmp_path / "back")  # type: ignore[arg-type]
+        assert asked == [["metadist.jobs.send", "run", storage]]
 
 
 def test_options_and_ids(tiny_job: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from metadist.errors import RunError, StorageError
+from metadist.submit.submission import submission
+from metadist.submit.supervisor import Supervisor
 
 ENDLESS = ("outer.steps=1000000", "checkpoint.every=10", "eval.every=0")
 
@@ -92,6 +97,101 @@ def process_of(find_processes: Callable[[int, str], list[int]], wait_until: Call
 def stored_step(tmp_path: Path, id: str, least: int) -> Callable[[], bool]:
     folder = tmp_path / "storage" / id / "run" / "checkpoints"
     return lambda: any(int(path.parent.name[5:]) >= least for path in folder.glob("step-*/checkpoint.json"))
+
+
+@pytest.fixture
+def supervisor(tiny_job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Supervisor]:
+    """Of a job `a` on a host with an empty disk; another one is another attempt."""
+    monkeypatch.setenv("METADIST_CACHE", str(tmp_path / "host"))
+
+    def make(*words: str, host: str = "host") -> Supervisor:
+        monkeypatch.setenv("METADIST_CACHE", str(tmp_path / host))
+        found = Supervisor(submission([str(tiny_job), f"storage={tmp_path / 'storage'}", *words], id="a"))
+        found.folder.parent.mkdir(parents=True, exist_ok=True)
+        return found
+
+    return make
+
+
+def left(supervisor: Supervisor, text: str) -> Path:
+    """A file in its folder."""
+    supervisor.folder.mkdir(exist_ok=True)
+    path = supervisor.folder / "left.txt"
+    path.write_text(text)
+    return path
+
+
+def test_a_folder_whose_storage_was_cleared_is_not_gone_on_with(
+    supervisor: Callable[..., Supervisor], tmp_path: Path
+) -> None:
+    """Nothing says any more what it is of."""
+    first = supervisor()
+    first._bring()
+    left(first, "seed 1")
+    shutil.rmtree(tmp_path / "storage")
+    after = supervisor("seed=7")
+    after._bring()
+    assert not after.folder.exists()
+
+
+def test_undelivered_results_outlive_an_attempt_that_could_not_begin(
+    supervisor: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = supervisor()
+    first._bring()
+    kept = left(first, "undelivered")
+
+    def begin(*_: object) -> None:
+        raise StorageError("storage: full")
+
+    second = supervisor()
+    monkeypatch.setattr(second.storage, "begin", begin)
+    with pytest.raises(StorageError, match="full"):
+        second._bring()
+    third = supervisor()
+    third._bring()
+    assert kept.read_text() == "undelivered"
+    assert third.writer == first.writer, "nobody has taken over"
+    other = supervisor(host="other")
+    other._bring()
+    assert other.writer != first.writer
+    supervisor()._bring()
+    assert not kept.exists(), "another host has"
+
+
+def test_a_host_that_another_has_taken_over_from_writes_no_more(
+    supervisor: Callable[..., Supervisor], tmp_path: Path
+) -> None:
+    first, other = supervisor(), supervisor(host="other")
+    first._bring()
+    left(first, "first")
+    first._mirror()
+    other._bring()
+    left(other, "other")
+    other._mirror()
+    with pytest.raises(RunError, match=f"a: {socket.gethostname()} has gone on with it; this attempt .* ends"):
+        first._mirror()
+    stored = tmp_path / "storage" / "a" / "run" / "left.txt"
+    assert stored.read_text() == "other"
+    shutil.rmtree(tmp_path / "storage")
+    other._mirror()
+    assert stored.read_text() == "other"
+    assert other.storage.submission() is not None, "cleared and begun again"
+
+
+def test_the_process_of_a_host_that_was_taken_over_from_is_ended(
+    enter: Callable[..., Entry], tiny_job: Path, tmp_path: Path, wait_until: Callable[..., Any],
+    process_of: Callable[..., int], is_alive: Callable[[int], bool],
+) -> None:  # fmt: skip
+    entry = enter(tiny_job, *ENDLESS, f"storage={tmp_path / 'storage'}", "--id=a")
+    wait_until(stored_step(tmp_path, "a", 10), 60, "a stored checkpoint")
+    pid = process_of(entry)
+    path = tmp_path / "storage" / "a" / "submission.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "writer": "another", "host": "over-there"}))
+    assert entry.wait(60) == RunError.exit_code, entry.said
+    assert "error: a: over-there has gone on with it" in entry.said
+    assert "Traceback" not in entry.said
+    assert not is_alive(pid)
 
 
 @pytest.mark.chaos
