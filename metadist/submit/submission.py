@@ -124,7 +124,9 @@ def _search(name: str, overrides: Sequence[str]) -> tuple[str, Config]:
     from metadist.search.run import refuse_place
 
     asked = dict(map(parse_override, overrides))
-    raw = with_keys(read_yaml(find_job(name)), {**asked, "cluster.address": "auto"})
+    raw = with_keys(read_yaml(find_job(name)), asked)
+    there = _on_the_cluster(validate({key: value for key, value in raw.items() if key != "search"}, name))
+    raw = with_keys(raw, {"cluster.address": there.cluster.address, "engine.device": there.engine.device})
     job = searches.checked(raw, name)
     refuse_place(job)
     _check_run(job.base)
