@@ -7,6 +7,7 @@ training, most of all jobs, brings no torch with it.
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,9 @@ from metadist.tracking.destination import check_uri
 
 VERBS = ("train", "search", "evaluate", "reproduce")
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "file")
+LAST_COPY = 60
+"""Seconds beyond `checkpoint.grace` that a job that is stopped has for storing its last checkpoint."""
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -69,6 +73,16 @@ class Submission(NamedTuple):
     words: list[str]
     identity: str
     config: Config
+
+    @property
+    def stop_seconds(self) -> int:
+        """From SIGTERM to the end of a job that is stopped, at most."""
+        return math.ceil(self.config.checkpoint.grace) + LAST_COPY
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of the entry point; Ray reads it."""
+        return {"RAY_JOB_STOP_WAIT_TIME_S": str(self.stop_seconds)}
 
 
 def submission(words: Sequence[str], options: Options = NO_OPTIONS, id: str | None = None) -> Submission:
