@@ -20,7 +20,7 @@ def render(
     words: Annotated[list[str], typer.Argument(metavar="JOB [KEY=VALUE]...", help="as of train or search")],
     kind: Annotated[str, typer.Option(help="rayjob: one run and its cluster; raycluster: one that stands")] = "rayjob",
     image: Annotated[str | None, typer.Option(help="of all pods; metadist:cuda without it")] = None,
-    id: Annotated[str | None, typer.Option(help="of the job; without it derived from config and code")] = None,
+    id: Annotated[str | None, typer.Option(help="of the job and its objects; without it of config and code")] = None,
     out: Annotated[Path | None, typer.Option(help="file to write; without it the manifest is printed")] = None,
 ) -> None:
     """Fill a manifest for KubeRay from a job, so that image, resources and storage are said once.
@@ -33,9 +33,10 @@ def render(
         from metadist.manifests.demand import demand
         from metadist.manifests.render import render as filled
 
-        text = filled(kind, demand(words, id), image)
+        wanted = demand(words, id)
+        text = filled(kind, wanted, image)
         if out is None:
             print(text, end="")
             return
         write(out, text.encode())
-        print(f"wrote {out}")
+        print(f"wrote {out}: {kind} {wanted.name}")

@@ -145,7 +145,9 @@ def stop(id: Id, address: Address = None) -> None:
 def fetch(
     id: Id,
     to: Annotated[Path, typer.Option(metavar="DIR", help="new folder")],
-    storage: Annotated[str | None, typer.Option(help="of a job that this cluster does not know any more")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="of a job that the cluster does not know any more; a bucket's needs no cluster")
+    ] = None,
     address: Address = None,
 ) -> None:
     """Bring the run folder of a job back."""
@@ -153,9 +155,13 @@ def fetch(
         from metadist.submit.client import connect
         from metadist.submit.fetch import fetch as bring
 
-        server = connect(address)
-        one = None if storage else server.last(id)
-        size = bring(server, one.run if one else id, one.storage if one else str(storage), to)
+        if storage is None:
+            server = connect(address)
+            one = server.last(id)
+            size = bring(server, one.run, one.storage, to)
+        else:
+            bucket = "://" in storage and not storage.startswith("file://")
+            size = bring(None if bucket else connect(address), id, storage, to)
         print(f"fetched {to}: {size / 1e6:.1f} MB")
 
 

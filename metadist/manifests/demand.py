@@ -1,5 +1,6 @@
 """What a job asks of a cluster, as pods."""
 
+import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ def demand(words: Sequence[str], id: str | None = None) -> Demand:
     at_once = told["search"]["concurrent"] if job.verb == "search" else 1
     (name,) = (word for word in words if "=" not in word and word != job.verb)
     return Demand(
-        object_name(Path(name).stem),
+        object_name(id) if id else object_name(Path(name).stem, job.identity),
         job,
         cluster.least * at_once,
         cluster.most * at_once,
@@ -77,7 +78,14 @@ def demand(words: Sequence[str], id: str | None = None) -> Demand:
     )
 
 
-def object_name(job: str) -> str:
-    """A job's name as Kubernetes allows it: lower case, digits and dashes; maml++ is mamlpp."""
+def object_name(job: str, identity: str = "") -> str:
+    """A job's name as Kubernetes allows it: lower case, digits and dashes; maml++ is mamlpp.
+
+    Behind it, as of another job it is another name: of its identity the first eight digits; without one, where the name
+    could not be kept as it is, of a hash of it.
+    """
     words = re.sub(r"[^a-z0-9]+", "-", job.lower().replace("+", "p")).strip("-")
-    return f"metadist-{words}"[:LONGEST].rstrip("-")
+    if not identity and f"metadist-{words}"[:LONGEST] != f"metadist-{job}":
+        identity = hashlib.sha256(job.encode()).hexdigest()
+    mark = f"-{identity[:8]}" if identity else ""
+    return f"metadist-{words}"[: LONGEST - len(mark)].rstrip("-") + mark

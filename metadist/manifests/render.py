@@ -16,6 +16,9 @@ Node = dict[str, Any]
 PLACE = "/etc/metadist"
 """The head's folder with the job file."""
 
+RAYS_END = 5
+"""Seconds of a head's pod for Ray itself, when its jobs have ended."""
+
 ENTRY = "metadist.jobs.entry"
 """The entry point of `metadist submit`; the image has it."""
 
@@ -56,10 +59,12 @@ def render(kind: str, wanted: Demand, image: str | None) -> str:
         cluster = manifest["spec"]["rayClusterSpec"]
         _store(cluster, wanted, lasting=True)
         manifest["spec"]["entrypoint"] = entry_point(wanted.job)
+        manifest["spec"]["runtimeEnvYAML"] = yaml.safe_dump({"env_vars": wanted.job.environment})
         documents.insert(0, _bring(cluster, wanted))
     else:
         cluster = manifest["spec"]
         _store(cluster, wanted, lasting=False)
+    cluster["headGroupSpec"]["template"]["spec"]["terminationGracePeriodSeconds"] = wanted.job.stop_seconds + RAYS_END
     cluster["workerGroupSpecs"] = [_sized(cluster, wanted)]
     if image is not None:
         for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):

@@ -28,9 +28,6 @@ TIMEOUT = 10.0
 """Seconds in which a job server says that it is one."""
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-LAST_COPY = 60
-"""Seconds beyond `checkpoint.grace` that a job that is stopped has for storing its last checkpoint."""
-
 TOKEN = "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH names it"  # noqa: S105, no token
 
 
@@ -93,9 +90,8 @@ class Server:
             "metadist": job.verb, "job": job.id, "attempt": str(number), "run": job.run, "storage": job.config.storage,
             "identity": job.identity,
         }  # fmt: skip
-        wait = int(job.config.checkpoint.grace) + LAST_COPY
         words = ["metadist.jobs.entry", *job.words, "--id", job.id]
-        self._send(name, words, job.job, told, {"RAY_JOB_STOP_WAIT_TIME_S": str(wait)})
+        self._send(name, words, job.job, told, job.environment)
         return name
 
     def run_apart(self, name: str, words: Sequence[str]) -> str:

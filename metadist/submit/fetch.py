@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from metadist.durable import storage_errors
-from metadist.errors import MetadistError, RunError
+from metadist.errors import ClusterError, MetadistError, RunError
 from metadist.submit.client import Server
 from metadist.submit.storage import RUN, Storage
 from metadist.submit.submission import outlives_a_host
@@ -26,8 +26,11 @@ MOST_BYTES = 512 * 2**20
 PIECE = 3 * 2**14
 
 
-def fetch(server: Server, run: str, place: str, to: Path) -> int:
-    """Bring the folder of a stored run to `to`; bytes. Raises RunError, StorageError, ClusterError."""
+def fetch(server: Server | None, run: str, place: str, to: Path) -> int:
+    """Bring the folder of a stored run to `to`; bytes. Raises RunError, StorageError, ClusterError.
+
+    What is in a bucket comes without a server: its cluster may be gone.
+    """
     if to.exists():
         raise RunError(f"--to: {to} exists already; choose another folder")
     with storage_errors(to):
@@ -37,6 +40,8 @@ def fetch(server: Server, run: str, place: str, to: Path) -> int:
         if not storage.restore(to):
             raise RunError(_nothing(run, place))
         return sum(storage.files().values())
+    if server is None:
+        raise ClusterError(f"{place} is on the disk of a cluster's head, which alone can send it")
     name = f"fetch-{run[:80]}-{uuid.uuid4().hex[:8]}"
     printed = server.run_apart(name, ["metadist.jobs.send", run, place])
     passing = to.with_name(f".{to.name}.{uuid.uuid4().hex[:8]}")

@@ -7,6 +7,7 @@ training, most of all jobs, brings no torch with it.
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ VERBS = ("train", "search", "evaluate", "reproduce")
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "file")
 LOCAL = "file"
 """Of SCHEMES, the one that is a disk of whoever reads it."""
+LAST_COPY = 60
+"""Seconds beyond `checkpoint.grace` that a job that is stopped has for storing its last checkpoint."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -72,6 +75,16 @@ class Submission(NamedTuple):
     words: list[str]
     identity: str
     config: Config
+
+    @property
+    def stop_seconds(self) -> int:
+        """From SIGTERM to the end of a job that is stopped, at most."""
+        return math.ceil(self.config.checkpoint.grace) + LAST_COPY
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of the entry point; Ray reads it."""
+        return {"RAY_JOB_STOP_WAIT_TIME_S": str(self.stop_seconds)}
 
 
 def submission(words: Sequence[str], options: Options = NO_OPTIONS, id: str | None = None) -> Submission:
@@ -133,7 +146,9 @@ def _search(name: str, overrides: Sequence[str]) -> tuple[str, Config]:
     from metadist.search.run import refuse_place
 
     asked = dict(map(parse_override, overrides))
-    raw = with_keys(read_yaml(find_job(name)), {**asked, "cluster.address": "auto"})
+    raw = with_keys(read_yaml(find_job(name)), asked)
+    there = _on_the_cluster(validate({key: value for key, value in raw.items() if key != "search"}, name))
+    raw = with_keys(raw, {"cluster.address": there.cluster.address, "engine.device": there.engine.device})
     job = searches.checked(raw, name)
     refuse_place(job)
     _check_run(job.base)

@@ -100,7 +100,7 @@ def test_the_head_of_the_standing_cluster_may_die() -> None:
 
 def test_a_run_that_is_stopped_has_the_time_that_submit_gives_it() -> None:
     from metadist.config import Checkpoint
-    from metadist.submit.client import LAST_COPY
+    from metadist.submit.submission import LAST_COPY
 
     seconds = Checkpoint().grace + LAST_COPY
     environment = yaml.safe_load(read("rayjob")["spec"]["runtimeEnvYAML"])["env_vars"]

@@ -1,5 +1,6 @@
 """`metadist cluster render`: one job file says what a cluster is made of."""
 
+import hashlib
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -183,13 +184,38 @@ def test_refused_in_one_line_with_nothing_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_stopped_job_has_its_grace(rendered: Callable[..., list[dict[str, Any]]]) -> None:
+    """As `submit` gives it, and the head's pod more."""
+    for grace, seconds in ((25, 85), (199.5, 260)):
+        words = ["quickstart", STORED, f"checkpoint.grace={grace}"]
+        spec = rendered("rayjob", *words)[-1]["spec"]
+        told = yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
+        assert told == submission(words).environment == {"RAY_JOB_STOP_WAIT_TIME_S": str(seconds)}
+        for cluster in (spec["rayClusterSpec"], rendered("raycluster", *words)[-1]["spec"]):
+            assert cluster["headGroupSpec"]["template"]["spec"]["terminationGracePeriodSeconds"] > seconds
+
+
+def test_another_job_is_another_object(rendered: Callable[..., list[dict[str, Any]]]) -> None:
+    """`kubectl apply` puts nothing in the place of a run; the same render again is the same object."""
+    words = ("rayjob", "quickstart", STORED)
+    names = [[one["metadata"]["name"] for one in rendered(*words, f"seed={seed}")] for seed in (1, 2, 1)]
+    assert names[0] == names[2]
+    assert not {*names[0]} & {*names[1]}
+    assert names[0][1] == f"metadist-quickstart-{submission([*words[1:], 'seed=1']).identity[:8]}"
+    named = [one["metadata"]["name"] for one in rendered(*words, "--id", "first")]
+    assert named == ["metadist-first-job", "metadist-first"]
+
+
 @pytest.mark.parametrize(
-    ("job", "name"),
+    ("job", "identity", "name"),
     [
-        ("omniglot-maml++-5w1s", "metadist-omniglot-mamlpp-5w1s"),
-        ("My_Job v2", "metadist-my-job-v2"),
-        ("x" * 80, "metadist-" + "x" * 38),
+        ("omniglot-maml++-5w1s", "0123456789", "metadist-omniglot-mamlpp-5w1s-01234567"),
+        ("My_Job v2", "0123456789", "metadist-my-job-v2-01234567"),
+        ("x" * 80, "0123456789", "metadist-" + "x" * 29 + "-01234567"),
+        ("first", "", "metadist-first"),
+        ("First", "", "metadist-first-" + hashlib.sha256(b"First").hexdigest()[:8]),
+        ("x" * 80, "", "metadist-" + "x" * 29 + "-" + hashlib.sha256(b"x" * 80).hexdigest()[:8]),
     ],
 )
-def test_names_are_what_kubernetes_allows(job: str, name: str) -> None:
-    assert object_name(job) == name
+def test_names_are_what_kubernetes_allows(job: str, identity: str, name: str) -> None:
+    assert object_name(job, identity) == name

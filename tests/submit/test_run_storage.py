@@ -263,3 +263,23 @@ def test_a_server_that_is_not_there(
     place = f"s3://results/a?scheme=http&endpoint_override=127.0.0.1%3A{free_port()}&region=us-east-1"
     with pytest.raises(StorageError, match="storage: s3://results/a"):
         Storage(place, "a").files()
+
+
+def test_a_bucket_gives_it_back_when_the_cluster_is_gone(
+    bucket: str, keys: dict[str, str], cli: Callable[..., Any], refused: Callable[..., Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """No job server is asked, and none is named; a folder is on a host that only a server reaches."""
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text("{}\n")
+    Storage(bucket, "gone").mirror(tmp_path / "run")
+    ended = cli("jobs", "fetch", "gone", "--to", tmp_path / "back", "--storage", bucket)
+    assert ended.code == 0, ended.err
+    assert contents(tmp_path / "back") == {"result.json": b"{}\n"}
+    to = ("--to", tmp_path / "none")
+    refused("jobs", "fetch", "nothing", *to, "--storage", bucket, say=("nothing of it is stored in",))
+    for disk in (str(tmp_path), f"file://{tmp_path}"):
+        refused("jobs", "fetch", "gone", *to, "--storage", disk, code=4, say=("--address", "RAY_ADDRESS"))

@@ -56,14 +56,19 @@ def test_the_entry_point_reads_the_same_job(
     assert received == sent
 
 
-def test_the_driver_is_inside_of_the_cluster(tiny_job: Path) -> None:
+def test_the_driver_is_inside_of_the_cluster(tiny_job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of this machine decides: neither its address nor its GPUs."""
-    for workers in (0, 2):
-        job = submission([str(tiny_job), f"cluster.workers={workers}", "engine.device=auto"]).job
-        assert job is not None
-        told = yaml.safe_load(job)
-        assert told["cluster"]["address"] == "auto"
-        assert told["engine"]["device"] == "cpu"
+    for name in (str(tiny_job), "search-inner-loop"):
+        for workers in (0, 2):
+            words = [name, f"cluster.workers={workers}", "engine.device=auto"]
+            monkeypatch.setattr("metadist.config._visible_gpus", lambda: 0)
+            sent = submission(words)
+            monkeypatch.setattr("metadist.config._visible_gpus", lambda: 8)
+            assert submission(words) == sent
+            assert sent.job is not None
+            told = yaml.safe_load(sent.job)
+            assert told["cluster"]["address"] == "auto"
+            assert told["engine"]["device"] == "cpu"
 
 
 def test_what_runs_is_told_by_the_verb_or_the_job_file() -> None:
