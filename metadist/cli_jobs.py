@@ -42,7 +42,8 @@ def submit(
     """Run a job on a cluster that is there, whatever becomes of this terminal.
 
     The same thing again is not run twice: it is followed, its result is shown, or what was stopped or died goes on.
-    Examples: `metadist submit omniglot-maml-5w1s data.root=DIR --address http://HOST:8265 --follow`,
+    Folders are those of the cluster: data.root=/DIR has to be there on every host.
+    Examples: `metadist submit omniglot-maml-5w1s data.root=/DIR --address http://HOST:8265 --follow`,
     `metadist submit search-inner-loop`, `metadist submit evaluate ID eval.shots=5`,
     `metadist submit reproduce omniglot --methods maml,protonet`.
     """
@@ -122,6 +123,7 @@ def stop(id: Id, address: Address = None) -> None:
     with told_in_one_line():
         from metadist.submit.client import connect
         from metadist.submit.shown import messages
+        from metadist.submit.storage import RUN
 
         server = connect(address)
         one = server.last(id)
@@ -138,7 +140,11 @@ def stop(id: Id, address: Address = None) -> None:
         ]
         for line in kept:
             print(line.removeprefix("error: "))
-        print(f"{one.job} {_state(one)}; the same submit goes on with it")
+        if one.state == "SUCCEEDED":  # it was quicker
+            print(f"{one.job} {_state(one)}")
+            return
+        kept_there = "" if one.verb == "evaluate" else f", from {one.storage}/{one.run}/{RUN}"
+        print(f"{one.job} {_state(one)}; the same submit goes on with it{kept_there}")
 
 
 @app.command()

@@ -10,6 +10,9 @@ from metadist.submit.client import Server
 RAYS = re.compile(r"Running entrypoint for job |.* -- Runtime env is setting up\.$")
 """What Ray writes into every job's log."""
 
+RESUME = re.compile(r"; go on with `metadist \w+ --resume [^`]*`")
+"""Of a process that is stopped: what it writes is moved into the storage, and its folder goes."""
+
 Print = Callable[[str], None]
 
 
@@ -20,7 +23,7 @@ def readable(line: str, as_json: bool) -> str | None:
     except ValueError:
         told = None
     if isinstance(told, dict) and "message" in told:
-        return line if as_json else str(told["message"])
+        return line if as_json else RESUME.sub("", str(told["message"]))
     if RAYS.match(line) or not line.strip():
         return None
     return json.dumps({"message": line}, ensure_ascii=False) if as_json else line

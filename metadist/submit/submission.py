@@ -4,7 +4,6 @@ The entry point on the cluster reads its own words by the same function. It stay
 training, most of all jobs, brings no torch with it.
 """
 
-import difflib
 import hashlib
 import json
 import math
@@ -13,12 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pydantic import ValidationError
+
 from metadist.config import (
     Config,
+    Data,
     apply_overrides,
     find_job,
-    flatten,
     load,
+    one_line,
     parse_override,
     read_yaml,
     resolve,
@@ -103,6 +105,7 @@ def submission(words: Sequence[str], options: Options = NO_OPTIONS, id: str | No
     if not verb:
         verb = "search" if "search" in read_yaml(find_job(name)) else "train"
     _refuse_unread(verb, options)
+    _refuse_another_cluster(overrides)
     job, rest = None, [name, *options.words]
     if verb == "train":
         config = _training(name, overrides)
@@ -135,6 +138,18 @@ def outlives_a_host(storage: str) -> bool:
     return bool(found) and scheme != LOCAL
 
 
+def _refuse_another_cluster(overrides: Sequence[str]) -> None:
+    """A file's address is of where `train` runs it; a word that is said here would be passed over."""
+    for key, value in map(parse_override, overrides):
+        if key == "cluster" and isinstance(value, dict):
+            key, value = "cluster.address", value.get("address", "auto")
+        if key == "cluster.address" and value != "auto":
+            raise ConfigError(
+                f"cluster.address: {value!r}: a job runs on the cluster that it is sent to, which --address names; "
+                f"valid: auto, or leave it out"
+            )
+
+
 def _training(name: str, overrides: Sequence[str]) -> Config:
     config = resolve(_on_the_cluster(load(name, overrides)))
     _check_run(config)
@@ -164,6 +179,7 @@ def _on_the_cluster(config: Config) -> Config:
 def _check_run(config: Config) -> None:
     for source in config.data.sources:
         check_source(source)
+    _check_places(config.data)
     uri = config.tracking.uri
     if masked(uri) != uri or re.search(r"[?&](password|passwd|pwd)=", uri, re.IGNORECASE):
         raise ConfigError(
@@ -174,6 +190,14 @@ def _check_run(config: Config) -> None:
     check_uri(uri)
 
 
+def _check_places(data: Data) -> None:
+    """Refuse folders that would be another one on each host."""
+    places = {f"data.root of {source.name}": source.root for source in data.sources}
+    for key, place in (places | {"data.root": data.root, "data.shared": data.shared}).items():
+        if place is not None and "://" not in place and not place.startswith(("/", "~/")):
+            raise ConfigError(f"{key}: {place!r} is relative to nothing on a cluster; valid: /FOLDER of every host")
+
+
 def _check_evaluation(run: str, overrides: Sequence[str], options: Options) -> None:
     """What can be known without the run's own config."""
     from metadist.evaluate import OVERRIDABLE
@@ -182,13 +206,19 @@ def _check_evaluation(run: str, overrides: Sequence[str], options: Options) -> N
         raise ConfigError(f"{run!r} is no id of a run; `metadist jobs list` has them")
     if options.split not in ("test", "val"):
         raise ConfigError(f"--split: {options.split!r} is no split to judge on; valid: test, val")
-    known = list(flatten(Config()))
     for key, _ in map(parse_override, overrides):
-        if not any(key == one or key.startswith((f"{one}.",)) or one.startswith(f"{key}.") for one in known):
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
-        if not any(key == free or key.startswith(f"{free}.") for free in OVERRIDABLE):
+        known = key.partition(".")[0] in Config.model_fields
+        if known and not any(key == free or key.startswith(f"{free}.") for free in OVERRIDABLE):
             raise ConfigError(f"{key}: belongs to the training; an evaluation may change {', '.join(OVERRIDABLE)}")
+    raw = apply_overrides({}, overrides)
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        # Whether values go together, only the run's own config tells.
+        if any(problem["type"] != "value_error" for problem in error.errors()):
+            raise ConfigError(one_line(error, raw)) from error
+    else:
+        _check_places(config.data)
 
 
 def _check_table(name: str, overrides: Sequence[str], options: Options) -> None:

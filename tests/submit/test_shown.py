@@ -46,3 +46,12 @@ def test_a_run_that_does_not_come_whole(lines: list[str], say: str) -> None:
 
 def test_a_run_that_comes_whole() -> None:
     assert list(_received(["what Ray says", HEAD, "YQ==", '{"end": 1}'])) == [("a", b"a")]
+
+
+def test_a_folder_that_goes_is_not_recommended() -> None:
+    """The process tells where it wrote, on a host of the cluster; as JSON it stays what it was."""
+    for verb in ("train", "search"):
+        text = f"error: ended by SIGTERM; step 7 is kept; go on with `metadist {verb} --resume /cache/jobs/a`"
+        line = json.dumps({"message": text})
+        assert messages(line) == ["error: ended by SIGTERM; step 7 is kept"]
+        assert messages(line, as_json=True) == [line]

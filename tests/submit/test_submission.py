@@ -104,6 +104,23 @@ REFUSED = {
         ["quickstart", "tracking.uri=http://host/?user=a&password=secret"],
         ("tracking.uri", "MLFLOW_TRACKING_PASSWORD"),
     ),
+    "relative-root": (["omniglot-maml-5w1s", "data.root=raw"], ("data.root", "'raw' is relative", "every host")),
+    "relative-root-of-many": (
+        ["quickstart", "data.name=[{name: glyphs}, {name: omniglot, root: raw}]"],
+        ("data.root of omniglot", "'raw' is relative"),
+    ),
+    "relative-shared": (["search-inner-loop", "data.shared=tables"], ("data.shared", "'tables' is relative")),
+    "relative-root-of-an-evaluation": (["evaluate", "a", "data.root=raw"], ("data.root", "'raw' is relative")),
+    "relative-root-of-a-table": (["reproduce", "omniglot", "data.root=raw"], ("data.root", "'raw' is relative")),
+    "another-cluster": (["quickstart", "cluster.address=local"], ("cluster.address: 'local'", "--address", "auto")),
+    "another-cluster-of-a-search": (
+        ["search-inner-loop", "cluster={address: 'ray://a:1'}"],
+        ("cluster.address: 'ray://a:1'", "auto"),
+    ),
+    "another-cluster-of-a-run": (["evaluate", "a", "cluster.address=a:1"], ("cluster.address: 'a:1'", "auto")),
+    "another-cluster-of-a-table": (["reproduce", "omniglot", "cluster.address=a:1"], ("cluster.address: 'a:1'",)),
+    "evaluation-of-no-number": (["evaluate", "a", "eval.shots=x"], ("eval.shots", "'x'")),
+    "evaluation-of-another-shape": (["evaluate", "a", "eval.also=3"], ("eval.also", "3")),
     "queue": (["quickstart", "jobs.queue=0"], ("jobs.queue",)),
     "evaluation-of-a-training-key": (["evaluate", "a", "outer.lr=1"], ("outer.lr", "belongs to the training")),
     "evaluation-of-an-unknown-key": (["evaluate", "a", "eval.shotz=1"], ("eval.shotz", "did you mean eval.shots?")),
@@ -141,6 +158,19 @@ def test_a_file_uri_is_a_disk_of_the_head(storage: str, anywhere: bool, tmp_path
         with pytest.raises(Asked):
             fetch(Head(), "run", storage, tmp_path / "back")  # type: ignore[arg-type]
         assert asked == [["metadist.jobs.send", "run", storage]]
+
+
+def test_what_only_the_run_can_refuse_is_sent() -> None:
+    """Values of an evaluation that do not go with the defaults may go with what the run says."""
+    for words in (
+        ["data.name=sinusoid"],
+        ["data.root=/raw"],
+        ["eval.ways=20", "eval.shots=5"],
+        ["cluster.address=auto"],
+        ["eval.also=[{queries: 15}]"],
+    ):
+        assert submission(["evaluate", "a", *words]).words[2:] == words
+    assert submission(["omniglot-maml-5w1s", "data.root=/raw", "data.shared=s3://bucket/tables"]).verb == "train"
 
 
 def test_options_and_ids(tiny_job: Path) -> None:
