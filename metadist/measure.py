@@ -1,4 +1,4 @@
-"""What a task is judged by: accuracy where there are classes, mean squared error where there are numbers."""
+"""What a task is judged by: accuracy where there are classes, squared error where there are numbers; or its loss."""
 
 from typing import Literal, NamedTuple
 
@@ -6,8 +6,17 @@ from typing import Literal, NamedTuple
 class Measure(NamedTuple):
     """name: the key in metrics and results; accuracy is a fraction in [0, 1]."""
 
-    name: Literal["accuracy", "mse"]
+    name: Literal["accuracy", "mse", "loss"]
     higher_is_better: bool
+
+    @property
+    def judged(self) -> str:
+        """What a judge calls it."""
+        return "loss" if self.name == "loss" else "score"
+
+    @property
+    def mode(self) -> str:
+        return "max" if self.higher_is_better else "min"
 
     def better(self, one: float, other: float) -> bool:
         """Whether `one` is strictly better."""
@@ -30,7 +39,9 @@ class Measure(NamedTuple):
 
 ACCURACY = Measure("accuracy", True)
 MSE = Measure("mse", False)
+LOSS = Measure("loss", False)
 MEASURES = {"classification": ACCURACY, "regression": MSE}
+"""Kind of a task → its own measure."""
 
 NORMALISATION = {True: "transductive", False: "not transductive", None: "–"}
 """How a result's `transductive` is told."""

@@ -55,7 +55,8 @@ class Found(NamedTuple):
 
     @property
     def label(self) -> str:
-        return "validation accuracy (%)" if self.measure.name == "accuracy" else "validation mean squared error"
+        names = {"accuracy": "accuracy (%)", "mse": "mean squared error", "loss": "loss"}
+        return f"validation {names[self.measure.name]}"
 
     def shares(self) -> dict[str, float]:
         """Importance of each key by the scores at which trials are first compared; empty with too few."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from metadist.config import Config
@@ -23,7 +23,7 @@ from metadist.tracking.progress import Progress
 MOST_LOSSES = 5
 """Aggregators that may die one after the other without a new checkpoint in between."""
 
-Watch = Callable[[int, Score], None]
+Watch = Callable[[int, Mapping[str, Score]], None]
 """Told of each validation: steps done, and the score. The loop waits for it."""
 
 
@@ -34,9 +34,9 @@ class Stopped(MetadistError):
 
 
 class Validation(NamedTuple):
-    """better: than every one before."""
+    """scores: the measure and the loss, by name; better: than every one before, by the measure."""
 
-    score: Score
+    scores: Mapping[str, Score]
     better: bool
 
 
@@ -129,7 +129,7 @@ class Trainer:
                 with self.runtime.timeline.driver.of("checkpoint"):
                     self._checkpoint(self.runtime.snapshot())
             if found is not None and self.watch is not None:  # last of all: what it decides on is complete
-                self.watch(done, found.score)
+                self.watch(done, found.scores)
         with self.runtime.timeline.driver.of("checkpoint"):
             self.journal.flush()  # an aggregator lost in the last checkpoint is found here, where it can be replaced
             return self.runtime.snapshot()()
@@ -155,14 +155,16 @@ class Trainer:
         """Judge the state on meta-validation."""
         setting = validation_settings(self.config, done)
         with self.runtime.timeline.driver.of("validation"):
-            found: Score = score(self.runtime.judge(None, setting, "val", self.config.eval.val_episodes)["score"])
+            judged = self.runtime.judge(None, setting, "val", self.config.eval.val_episodes)
+        found, loss = score(judged["score"]), score(judged["loss"])
         better = self.best is None or self.measure.better(found.mean, self.best.score)
         if better:
             self.best = Best(done, found.mean, found.ci95)
-        self.journal.row(done, **{f"val_{self.measure.name}": found.mean}, val_ci95=found.ci95)
+        named = {f"val_{self.measure.name}": found.mean, "val_ci95": found.ci95}
+        self.journal.row(done, **named, val_loss=loss.mean, val_loss_ci95=loss.ci95)
         self.display.validation(done, found.mean, found.ci95, better)
         self.meters.validation(found.mean)
-        return Validation(found, better)
+        return Validation({self.measure.name: found, "loss": loss}, better)
 
     def _checkpoint(self, later: Callable[[], Snapshot]) -> None:
         best, record = self.best, self._recorded()

@@ -97,7 +97,7 @@ def write_front(
     of = {trial.id: trial for trial in trials}
     with storage_errors(folder / "pareto"):
         (folder / "pareto").mkdir(exist_ok=True)
-    measure = MEASURES[job.base.kind]
+    measure = job.measure
     for row in front:
         path = folder / "pareto" / f"{row['id']}.yaml"
         costs = ", ".join(f"{cost} {row[cost]:.4g}" for cost in job.search.also)
@@ -125,7 +125,7 @@ def score_words(found: Answer, measure: Measure) -> list[str]:
     if found.fresh is not None:
         told.append(gain_line(found.fresh, measure))
     if found.tested is not None:
-        told.append(test_line(found.tested, measure))
+        told.append(test_line(found.tested))
     return told
 
 
@@ -148,7 +148,8 @@ def summary(job: SearchJob, trials: Sequence[Trial], events: Sequence[Event]) ->
         "trials": len(trials),
         "ended": dict(Counter(end.how for end in ends)),
         "trial_seconds": sum(end.facts.get("seconds") or 0.0 for end in ends),
-        "measure": MEASURES[job.base.kind].name,
+        "measure": job.measure.name,
+        "mode": job.measure.mode,
         "versions": {"metadist": __version__},
     }
 
@@ -186,8 +187,9 @@ def interval(measure: Measure, told: dict[str, Any], digits: int = 1) -> str:
     return "–" if told["score"] is None else measure.interval(told["score"], told["ci95"], digits)
 
 
-def test_line(tested: Event, measure: Measure) -> str:
+def test_line(tested: Event) -> str:
     """`meta-test 93.1 ± 0.5 %, untrained 40.2 ± 0.8 %`."""
+    measure = next(one for one in MEASURES.values() if one.name in tested["test"])  # whatever was searched by
     told, untrained = ({"score": t[measure.name], "ci95": t["ci95"]} for t in (tested["test"], tested["untrained"]))
     return (
         f"meta-test {interval(measure, told)} on {tested['test']['episodes']:,} tasks, "
@@ -225,7 +227,7 @@ def report(
     ends = Counter(trial.end.how if trial.end else "training" for trial in trials)
     counts = ", ".join(f"{count} {how}" for how, count in ends.items())
     lines = [f"{len(trials)} trials of {job.base.outer.steps:,} meta-steps at most: {counts}."]
-    lines += [f"Searcher {search.searcher}, scheduler {search.scheduler}, seed {search.seed}."]
+    lines += [f"Searcher {search.searcher}, scheduler {search.scheduler}, metric {measure.name}, seed {search.seed}."]
     if found.winner is not None:
         values = ", ".join(f"{key} = {show_value(v)}" for key, v in rows.values_of(job, found.winner).items())
         lines = [f"Winner: trial {found.winner.id} with {values}.", *_sentences(score_words(found, measure)), *lines]

@@ -21,7 +21,7 @@ from metadist.config import (
     with_keys,
 )
 from metadist.errors import ConfigError
-from metadist.measure import MEASURES, Measure
+from metadist.measure import LOSS, MEASURES, Measure
 from metadist.methods import every_method
 from metadist.search.keys import Search
 from metadist.search.space import Point, check_space, configured
@@ -36,8 +36,9 @@ class SearchJob(NamedTuple):
 
     @property
     def measure(self) -> Measure:
-        """What the score of a validation is, and which of two is better."""
-        return MEASURES[self.base.kind]
+        """What the score of a validation is, and which of two is better: `search.metric` and `search.mode`."""
+        metric = LOSS if self.search.metric == "loss" else MEASURES[self.base.kind]
+        return metric if self.search.mode is None else metric._replace(higher_is_better=self.search.mode == "max")
 
     def config(self, point: Point) -> Config:
         """The run of a point of the space. Raises ConfigError where the config tree refuses it.
@@ -166,9 +167,10 @@ def refuse_changed_search(before: SearchJob, after: SearchJob) -> None:
 
 def _keys(job: SearchJob) -> dict[str, Any]:
     """Dotted key → value of the whole job; the ways to draw a value, and the conditions, each as one."""
-    section = job.search.model_dump(mode="json")
+    section = job.search.model_dump(mode="json", exclude={"metric", "mode"})
+    measure = {"search.metric": job.measure.name, "search.mode": job.measure.mode}
     space = {f"search.space.{key}": domain for key, domain in section.pop("space").items()}
-    return {**space, **{f"search.{key}": value for key, value in section.items()}, **flatten(job.base)}
+    return {**space, **{f"search.{key}": value for key, value in section.items()}, **flatten(job.base), **measure}
 
 
 def _judged_alike(base: Config) -> Config:

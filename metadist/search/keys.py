@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from metadist.config import Config
+from metadist.measure import MEASURES
 from metadist.search.space import Condition, Domain, Grid, read_space
 from metadist.tree import Count, Number, Positive, Rate, Seed, Tree
 
@@ -36,6 +37,10 @@ class Search(Tree):
     scheduler: Literal["fifo", "asha", "median", "pbt"] = Field(
         "asha", description="who stops trials early; fifo: nobody; pbt: the worst take over the best one's state"
     )
+    metric: Literal["accuracy", "mse", "loss"] | None = Field(
+        None, description="of a validation, by which trials are stopped and chosen; accuracy of classes, mse of numbers"
+    )
+    mode: Literal["max", "min"] | None = Field(None, description="which is better; of accuracy max, else min")
     seed: Seed = Field(0, description="of the search, not of its runs")
     also: list[str] = Field([], description="further aims beside the validation's score, all small: a Pareto table")
     reduction: Annotated[int, Field(ge=2), Number] = Field(2, description="of asha: the best 1/reduction goes on")
@@ -93,6 +98,9 @@ class Search(Tree):
         every, last = base.eval.every, base.outer.steps
         if not every or every > last:
             raise ValueError(f"eval.every: trials are compared on validations; {every} is none in outer.steps={last}")
+        valid = (MEASURES[base.kind].name, "loss")
+        if self.metric not in (None, *valid):
+            raise ValueError(f"search.metric: {base.kind} has no {self.metric}; valid: {', '.join(valid)}")
         if self.interval is not None and self.interval % every:
             raise ValueError(f"search.interval: {self.interval} meta-steps are not a multiple of eval.every={every}")
         if self.grace is not None and self.grace % every:

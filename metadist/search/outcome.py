@@ -66,7 +66,7 @@ def conclude(job: SearchJob, trials: Sequence[Trial], folder: Path, ledger: Ledg
     The trials' runs are in `folder/trials`. Where Ray is connected the judging uses its cluster. Raises
     NothingFinished.
     """
-    measure = MEASURES[job.base.kind]
+    measure = job.measure
     rows.save(job, trials, folder, ledger.events)
     best_first = ranked(trials, measure)
     if not best_first:
@@ -158,7 +158,7 @@ class _Lines(NamedTuple):
         gain: mean over tasks of the difference, above 0 where the winner is better; gain_ci95: half-width of its
         95 % interval, 1.96 · s / √N of the differences.
         """
-        search, measure = self.job.search, MEASURES[self.job.base.kind]
+        search, measure = self.job.search, self.job.measure
 
         def find() -> dict[str, Any]:
             ours = self._scores(winner, FRESH_DRAW, search.fresh)
@@ -199,10 +199,10 @@ class _Lines(NamedTuple):
         return _once(self.ledger, "tested", find, id=winner.id)
 
     def _scores(self, trial: Trial, draw: int, episodes: int) -> np.ndarray:
-        """Score of each task of a stream of meta-validation, float64 [episodes]."""
+        """The metric of each task of a stream of meta-validation, float64 [episodes]."""
         with self._ready(trial) as (runtime, values, _, config):
             setting = settings(config.with_values(eval={"draw": draw}))[0]
-            return runtime.judge(values, setting, "val", episodes)["score"]
+            return runtime.judge(values, setting, "val", episodes)[self.job.measure.judged]
 
     @contextmanager
     def _ready(self, trial: Trial) -> Iterator[tuple[Runtime, np.ndarray, Blueprint, Config]]:
@@ -225,7 +225,7 @@ class _Lines(NamedTuple):
             runtime.close()
 
     def _told(self, found: Score) -> str:
-        return MEASURES[self.job.base.kind].interval(found.mean, found.ci95)
+        return self.job.measure.interval(found.mean, found.ci95)
 
 
 def _connected() -> bool:

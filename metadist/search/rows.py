@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 from metadist.config import flatten
 from metadist.durable import write
 from metadist.errors import ConfigError
-from metadist.measure import MEASURES
 from metadist.report.search_figures import Found
 from metadist.search.job import SearchJob
 from metadist.search.ledger import Event
@@ -140,7 +139,7 @@ def found(job: SearchJob, trials: Sequence[Trial], events: Sequence[Event] = ())
     return Found(
         keys=tuple(job.search.space),
         logarithmic=frozenset(key for key, domain in job.search.space.items() if isinstance(domain, LogUniform)),
-        measure=MEASURES[job.base.kind],
+        measure=job.measure,
         trials=trial_rows(job, trials, events),
         early=early_rows(job, trials),
         curves=curve_rows(trials),

@@ -5,7 +5,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from metadist.measure import MEASURES
 from metadist.search import rows
 from metadist.search.answer import answer, pareto, score_words, short, show_value
 from metadist.search.events import trials_of
@@ -23,7 +22,7 @@ def show(folder: Path, console: Console) -> None:
     job = load_search(folder / "search.yaml")
     trials = trials_of(events)
     table = rows.found(job, trials, events)
-    found, measure, keys = answer(trials, events), MEASURES[job.base.kind], tuple(job.search.space)
+    found, measure, keys = answer(trials, events), job.measure, tuple(job.search.space)
     console.print(drawn(job, trials, console))
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim")

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table as Drawn
 
-from metadist.measure import MEASURES, Measure
+from metadist.measure import Measure
 from metadist.search import rows
 from metadist.search.answer import short, show_value
 from metadist.search.job import SearchJob
@@ -53,7 +53,7 @@ class Table:
     def _lines(self) -> None:
         """Starts, ends and every new best at once; other validations every ten seconds."""
         found = rows.trial_rows(self.job, self._trials)
-        measure = MEASURES[self.job.base.kind]
+        measure = self.job.measure
         top = next((row["id"] for row in best_first(self.job, found) if row["score"] is not None), None)
         for row in found:
             now, before = (row["steps"], row["how"] is not None), self._told.get(row["id"])
@@ -82,7 +82,7 @@ def drawn(job: SearchJob, trials: Sequence[Trial], console: Console, most: int |
 
 
 def _drawn(job: SearchJob, trials: Sequence[Trial], most: int | None, brief: bool) -> Drawn:
-    keys, measure = tuple(job.search.space), MEASURES[job.base.kind]
+    keys, measure = tuple(job.search.space), job.measure
     found = best_first(job, rows.trial_rows(job, trials))
     left_out = 0
     if most is not None and len(found) > most:
@@ -134,7 +134,7 @@ def state(row: Mapping[str, Any]) -> str:
 
 def best_first(job: SearchJob, found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Rows by their last score, the best first; those without one at the end."""
-    sign = -1.0 if MEASURES[job.base.kind].higher_is_better else 1.0
+    sign = -1.0 if job.measure.higher_is_better else 1.0
 
     def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
         score = row["score"]

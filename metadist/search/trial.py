@@ -4,7 +4,7 @@ import errno
 import math
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from json import dumps
 from pathlib import Path
@@ -134,11 +134,13 @@ class _Attempt:
         """The peak where the trial is this process; that of workers, or of one trial of a pack, is not known here."""
         return {} if self.job.base.cluster.most or self.begin else peak_memory()
 
-    def _watch(self, step: int, score: Score) -> None:
+    def _watch(self, step: int, found: Mapping[str, Score]) -> None:
+        score = found[self.job.measure.name]
         if not math.isfinite(score.mean):
             raise Divergence(f"the validation behind step {step} is {score.mean}")
         interval = {"ci95": score.ci95} if math.isfinite(score.ci95) else {}
-        values = {"score": score.mean, **interval, "seconds": self.seconds, **self._memory()}
+        others = {name: one.mean for name, one in found.items() if math.isfinite(one.mean)}
+        values = {"score": score.mean, **interval, **others, "seconds": self.seconds, **self._memory()}
         decision = self.ask(step, values)
         self._waits = decision == "pause"
         if decision != "go":
@@ -151,11 +153,13 @@ class _Attempt:
             return
         snapshot, _, record = there
         self.before = record["seconds"]
-        name = f"val_{MEASURES[config.kind].name}"
+        own = MEASURES[config.kind].name
         told = {report.step for report in self.trial.reports}
         for row in read_metrics(self.path / "metrics.parquet"):
-            if name in row and row["step"] <= snapshot.step and row["step"] not in told:
-                self._watch(int(row["step"]), Score(row[name], row.get("val_ci95", math.nan)))
+            if f"val_{own}" in row and row["step"] <= snapshot.step and row["step"] not in told:
+                mine = Score(row[f"val_{own}"], row.get("val_ci95", math.nan))
+                loss = Score(row.get("val_loss", math.nan), row.get("val_loss_ci95", math.nan))
+                self._watch(int(row["step"]), {own: mine, "loss": loss})
         paused = {report.step for report in self.trial.reports if report.decision == "pause"}
         self._waits = self.trial.released < snapshot.step and snapshot.step in paused
 

@@ -122,5 +122,6 @@ def _figures(found: dict[str, Any]) -> dict[str, float]:
             values |= {f"{prefix}_{name}": scored["score"], f"{prefix}_ci95": scored["ci95"]}
     for prefix, scored in (("test", tested.get("test")), ("untrained", tested.get("untrained"))):
         if scored:
-            values |= {f"{prefix}_{name}": scored[name], f"{prefix}_ci95": scored["ci95"]}
+            own = "accuracy" if "accuracy" in scored else "mse"  # whatever was searched by
+            values |= {f"{prefix}_{own}": scored[own], f"{prefix}_ci95": scored["ci95"]}
     return {key: float(value) for key, value in values.items() if value is not None}

@@ -13,6 +13,7 @@ from metadist.search.director import Director, Finished, Start, Wait
 from metadist.search.events import trials_of
 from metadist.search.job import refuse_changed_search
 from metadist.search.ledger import Ledger
+from metadist.search.outcome import ranked
 
 SEARCHERS, SCHEDULERS = ("random", "grid", "optuna"), ("fifo", "asha", "median")
 
@@ -329,3 +330,14 @@ def test_conditions_that_allow_nothing_are_told_in_one_line():
     assert director.next().trial.origin == "baseline"
     with pytest.raises(ConfigError, match=r"^search.conditions: none of 1,000 points drawn for trial 001 is allowed"):
         director.next()
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "median"])
+def test_metric_and_mode_say_who_is_stopped_and_who_wins(scheduler):
+    """Searched by the least, the same trials go the other way."""
+    best = {}
+    for section in ({}, {"metric": "loss", "mode": "max"}, {"mode": "min"}, {"metric": "loss"}):
+        task = job(searcher="random", scheduler=scheduler, trials=12, concurrent=1, baseline=False, **section)
+        found = ranked(search(task, Kept()).trials, task.measure)
+        best[tuple(section.values())] = [trial.id for trial in found]
+    assert best[()] == best["loss", "max"] != best["min",] == best["loss",]

@@ -33,8 +33,10 @@ def events_of(searched: Any, name: str) -> list[dict[str, Any]]:
     return [event for event in ledger.events if event["event"] == name]
 
 
-def by_hand(searched: Any, trial: Trial, draw: int, episodes: int, split: str = "val") -> list[float]:
-    """Accuracy task by task: a plain loop over shards of the engine."""
+def by_hand(
+    searched: Any, trial: Trial, draw: int, episodes: int, split: str = "val", name: str = "score"
+) -> list[float]:
+    """Accuracy task by task, or loss: a plain loop over shards of the engine."""
     config = searched.job.config(trial.values)
     engine = Engine(config, checked_tables(config, print))
     named = load_file(searched.folder / "trials" / trial.id / "theta.safetensors")
@@ -43,7 +45,7 @@ def by_hand(searched: Any, trial: Trial, draw: int, episodes: int, split: str = 
     scores: list[float] = []
     while len(scores) < episodes:
         size = min(engine.shard_tasks, episodes - len(scores))
-        scores += engine.judge(flat, judged, split, len(scores), size)["score"].tolist()
+        scores += engine.judge(flat, judged, split, len(scores), size)[name].tolist()
     return scores
 
 
@@ -387,3 +389,17 @@ def test_words_of_the_gain() -> None:
     )
     assert "nothing better was found" in gain_line({**event, "id": "000"}, ACCURACY)
     assert "worse by 0.018 ± 0.009, task" in gain_line({**event, "gain": -0.018}, MSE)
+
+
+@pytest.mark.parametrize("mode", [None, "max"])
+def test_a_search_by_loss_is_decided_by_the_loss(searched: Any, mode: str | None) -> None:
+    section = searched.job.search.model_copy(update={"metric": "loss", "mode": mode, "finalists": 3, "selection": 40})
+    job = searched.job._replace(search=section)
+    ledger = searched.ledger()
+    conclude(job, searched.trials, searched.folder, ledger, lambda line: None)
+    ledger.close()
+    loss = {trial.id: np.mean(by_hand(searched, trial, 0, 40, name="loss")) for trial in searched.trials[:3]}
+    found = json.loads((searched.folder / "search.json").read_text())
+    assert found["winner"] == (max if mode else min)(loss, key=lambda id: loss[id])
+    assert found["selection"][found["winner"]]["score"] == loss[found["winner"]]
+    assert (found["measure"], found["mode"]) == ("loss", mode or "min") and "accuracy" in found["test"]["test"]

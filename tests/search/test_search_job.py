@@ -16,6 +16,7 @@ CLASSES = {"cluster": {"workers": 2}}
         (CLASSES, {"concurrent": 7}),
         (CLASSES, {"trials": 17}),
         ({"cluster": {"workers": 5, "address": "auto", "strategy": "allreduce"}}, {}),
+        (CLASSES, {"metric": "accuracy", "mode": "max"}),
         ({**CLASSES, "tracking": {"uri": "off", "experiment": "other"}}, {"concurrent": 1, "trials": 99}),
     ],
 )
@@ -30,6 +31,8 @@ def test_a_resumed_search_may_change(base, section):
         (CLASSES, {"seed": 1}, "search.seed: was 0 and cannot become 1 on resume, trials would not be compared alike"),
         (CLASSES, {"scheduler": "median"}, "search.scheduler: was asha and cannot become median on resume"),
         (CLASSES, {"conditions": CONDITIONS}, r"search.conditions: was \[\] and cannot become \[\{.*\}\] on resume"),
+        (CLASSES, {"metric": "loss"}, "search.metric: was accuracy and cannot become loss on resume"),
+        (CLASSES, {"mode": "min"}, "search.mode: was max and cannot become min on resume"),
         (CLASSES, {"finalists": 2}, "search.finalists: was 3 and cannot become 2 on resume"),
         (
             CLASSES,
@@ -70,3 +73,29 @@ def test_the_score_is_the_measure_of_the_tasks():
     assert job().measure.higher_is_better and not job(REGRESSION).measure.higher_is_better
     with pytest.raises(ConfigError):
         checked({"search": {"space": {"seed": {"choice": [0, 0.5]}}}}, "job")
+
+
+@pytest.mark.parametrize(
+    ("base", "section", "name", "mode"),
+    [
+        ({}, {}, "accuracy", "max"),
+        ({}, {"metric": "loss"}, "loss", "min"),
+        ({}, {"mode": "min"}, "accuracy", "min"),
+        (REGRESSION, {"metric": "mse"}, "mse", "min"),
+        (REGRESSION, {"metric": "loss", "mode": "max"}, "loss", "max"),
+    ],
+)
+def test_metric_and_mode(base, section, name, mode):
+    assert (job(base, **section).measure.name, job(base, **section).measure.mode) == (name, mode)
+
+
+def test_a_metric_that_validations_do_not_give_is_refused():
+    for base, metric, line in (
+        ({}, "mse", "search.metric: classification has no mse; valid: accuracy, loss"),
+        (REGRESSION, "accuracy", "search.metric: regression has no accuracy; valid: mse, loss"),
+        ({}, "f1", "search.metric: input should be 'accuracy', 'mse' or 'loss', not 'f1'"),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            job(base, metric=metric)
+    with pytest.raises(ConfigError, match=r"search.mode: input should be 'max' or 'min'"):
+        job(mode="least")

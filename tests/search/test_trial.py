@@ -91,6 +91,19 @@ def test_same_bits_as_training_alone(job: SearchJob, folder: Path, alone: Any) -
     assert "meta-step 9/9" in (folder / "logs" / "001.log").read_text()
 
 
+def test_the_metric_is_what_is_told(job: SearchJob, folder: Path) -> None:
+    """The loss where it is searched by; of a killed process too. The measure is told beside it."""
+    by_loss = job._replace(search=job.search.model_copy(update={"metric": "loss"}))
+    with pytest.raises(Killed):
+        run_trial(by_loss, a_trial(algorithm__inner_lr=0.3), folder, Heard(die_at=3))
+    heard = Heard()
+    run_trial(by_loss, a_trial(algorithm__inner_lr=0.3), folder, heard)
+    rows = [row for row in read_metrics(folder / "trials" / "001" / "metrics.parquet") if "val_loss" in row]
+    assert [values["score"] for _, values in heard.told] == [row["val_loss"] for row in rows]
+    assert [values["accuracy"] for _, values in heard.told] == [row["val_accuracy"] for row in rows]
+    assert len(rows) == 3 and [values["ci95"] for _, values in heard.told] == [row["val_loss_ci95"] for row in rows]
+
+
 def test_stop_leaves_nothing_behind(job: SearchJob, folder: Path) -> None:
     before = threading.active_count()
     end = run_trial(job, a_trial(algorithm__inner_lr=0.3), folder, Heard(stop_at=3))
