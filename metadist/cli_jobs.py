@@ -160,14 +160,14 @@ def fetch(
     with told_in_one_line():
         from metadist.submit.client import connect
         from metadist.submit.fetch import fetch as bring
+        from metadist.submit.submission import outlives_a_host
 
         if storage is None:
             server = connect(address)
             one = server.last(id)
             size = bring(server, one.run, one.storage, to)
         else:
-            bucket = "://" in storage and not storage.startswith("file://")
-            size = bring(None if bucket else connect(address), id, storage, to)
+            size = bring(None if outlives_a_host(storage) else connect(address), id, storage, to)
         print(f"fetched {to}: {size / 1e6:.1f} MB")
 
 
