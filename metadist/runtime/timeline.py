@@ -102,11 +102,11 @@ class Account:
                     total[phase] += until - at
         behind = self._behind(begin)
         for phase, stretches in idle.items():
-            at, until = np.array(stretches).reshape(-1, 2).T
-            total[phase] += float((until - at).sum())
+            begins, ends = np.array(stretches).reshape(-1, 2).T
+            total[phase] += float((ends - begins).sum())
             for place, (_, other) in enumerate(BEHIND):
-                sofar = np.interp(until, behind[:, 0], behind[:, 1 + place])
-                spent = float((sofar - np.interp(at, behind[:, 0], behind[:, 1 + place])).sum())
+                sofar = np.interp(ends, behind[:, 0], behind[:, 1 + place])
+                spent = float((sofar - np.interp(begins, behind[:, 0], behind[:, 1 + place])).sum())
                 total[other] += spent
                 total[phase] -= spent
         later = {process: [span for span in spans if span.end > self.begin] for process, spans in self._kept.items()}
