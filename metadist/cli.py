@@ -155,7 +155,7 @@ def search(
             show(Path(words[1]), Console())
             return
         from metadist.search.job import load_search, to_yaml
-        from metadist.search.run import fresh_name, refuse, size
+        from metadist.search.run import fresh_name, refuse, size, tried
         from metadist.search.run import resume as go_on
         from metadist.search.run import search as run
 
@@ -173,6 +173,8 @@ def search(
             refuse(job, run_dir or fresh_name(name))
             print(to_yaml(job), end="")
             print(f"# space: {size(job)}")
+            if job.search.searcher == "grid":
+                print(f"# {tried(job)}")
             return
         run(name, overrides, run_dir)
 

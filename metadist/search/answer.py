@@ -108,7 +108,10 @@ def write_front(
 def job_file(job: SearchJob, trial: Trial, path: Path, words: Sequence[str]) -> bytes:
     """The run of a trial as a job file: it trains to the trial's bits."""
     values = ", ".join(f"{key}={show_value(value)}" for key, value in rows.values_of(job, trial).items())
-    told = [f"Trial {trial.id} of a search: {values}", *words, f"metadist train {shlex.quote(str(path))}"]
+    told = [f"Trial {trial.id} of a search: {values}", *words]
+    if job.base.cluster.address != "local":
+        told.append(f"cluster.address is {job.base.cluster.address}; cluster.address=local runs it on one machine")
+    told.append(f"metadist train {shlex.quote(path.name)}")
     header = "".join(f"# {line}\n" for line in told)
     return (header + to_yaml(resolve(job.run_of(trial)))).encode()
 

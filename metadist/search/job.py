@@ -56,6 +56,12 @@ class SearchJob(NamedTuple):
         stages = [{"at": at, "set": changed} for at, changed in trial.stages]
         return validate({**config.model_dump(), "stages": stages}, f"trial {trial.id}")
 
+    def grid_runs(self) -> int:
+        """Trials of a whole grid, the baseline among them."""
+        from metadist.search.draw import grid  # which reads jobs
+
+        return sum(1 for _ in grid(self)) + self.search.baseline
+
     def allows(self, point: Point) -> bool:
         """Whether it meets the conditions and makes a config."""
         try:
@@ -97,7 +103,10 @@ def checked(raw: dict[str, Any], origin: str) -> SearchJob:
     _check_conditions(search, base)
     if search.scheduler == "pbt":
         _check_schedules(search, base)
-    return SearchJob(search, base)
+    job = SearchJob(search, base)
+    if search.searcher == "grid" and section.get("trials") is None:
+        return SearchJob(search.model_copy(update={"trials": max(search.baseline + 1, job.grid_runs())}), base)
+    return job
 
 
 def _check_conditions(search: Search, base: Config) -> None:

@@ -26,7 +26,9 @@ class Search(Tree):
         "included, {choice: [...]} or {grid: [...]}"
     )
     conditions: list[Condition] = Field([], description="{when: {key: …}, need: {key: …}}; other points are not tried")
-    trials: Positive = Field(16, description="trials to start, the baseline among them")
+    trials: Annotated[Positive, BeforeValidator(lambda given: 16 if given is None else given)] = Field(
+        16, description="trials to start, the baseline among them; left out, or null, a grid is tried whole"
+    )
     concurrent: Positive = Field(2, description="trials at once")
     pack: Positive = Field(
         1,
@@ -80,7 +82,10 @@ class Search(Tree):
         if self.scheduler == "pbt" and self.searcher != "random":
             raise ValueError(f"searcher: a population begins at random; valid is random, not {self.searcher}")
         if self.startup is not None and self.searcher != "optuna":
-            raise ValueError(f"startup: is read by search.searcher=optuna only, not by {self.searcher}")
+            raise ValueError(
+                f"startup: is read by search.searcher=optuna only, not by {self.searcher}; "
+                f"search.startup=null leaves it out"
+            )
         other = next((key for key, domain in self.space.items() if not isinstance(domain, Grid)), None)
         if self.searcher == "grid" and other is not None:
             raise ValueError(f"space.{other}: search.searcher=grid wants {{grid: [...]}} for every key")

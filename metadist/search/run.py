@@ -40,6 +40,8 @@ def search(job: str | Path, overrides: Sequence[str] = (), run_dir: Path | None 
     loaded = load_search(job, overrides)
     folder = run_dir or fresh_name(str(job))
     refuse(loaded, folder)
+    if loaded.search.searcher == "grid":
+        _say(tried(loaded))
     checked_tables(loaded.base, _say)  # once, before trials would build them all at the same time
     with storage_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -231,6 +233,15 @@ def size(job: SearchJob) -> str:
     count = f"{sum(map(job.allows, points)):,}" if len(points) < MOST_COUNTED else f"{MOST_COUNTED:,} or more"
     others = ", ".join(key for key in job.search.space if key not in finite)
     return f"{count} combinations" + (f", each with any value of {others} between its bounds" if others else "")
+
+
+def tried(job: SearchJob) -> str:
+    """How much of a grid is tried, in a line."""
+    whole, trials = job.grid_runs(), job.search.trials
+    own = ", the job's own values among them" if job.search.baseline else ""
+    if trials >= whole:
+        return f"grid: all {whole:,} points are tried{own}"
+    return f"grid: {trials:,} of {whole:,} points are tried{own}; search.trials={whole}, or null, is the whole grid"
 
 
 def _say(line: str) -> None:

@@ -11,7 +11,7 @@ from metadist.config import Config, resolve
 from metadist.data.sources import prepare
 from metadist.runtime.cluster import places
 from metadist.search.job import load_search
-from metadist.search.run import size
+from metadist.search.run import size, tried
 
 SPACE = {"algorithm.inner_lr": {"grid": [0.2, 0.4]}, "algorithm.inner_steps": {"choice": [1, 2, 3]}}
 
@@ -103,3 +103,22 @@ def test_trials_at_once_share_the_gpus(
         assert job.base.cluster.gpus == share and job.base.engine.device == "cuda"
     words = ["engine.device=cuda", "cluster.gpus=1", "--run-dir", tmp_path / "search"]
     refused("search", job_file, *words, say=("cluster.gpus: 2 trials at once", "at most 0.5 is valid"))
+
+
+def test_a_grid_says_what_it_leaves_out(job_file: Path) -> None:
+    """Without `search.trials` it is whole; the job's own run is one more than the points here."""
+    grid = "search.space={algorithm.inner_lr: {grid: [0.2, 0.3]}, algorithm.inner_steps: {grid: [1, 2, 3]}}"
+    words = [grid, "search.searcher=grid"]
+    for more in ([], ["search.trials=null"], ["search.startup=null"]):
+        whole = load_search(job_file, [*words, *more])
+        assert whole.search.trials == whole.grid_runs() and tried(whole).startswith("grid: all ")
+    count = whole.grid_runs()
+    assert tried(load_search(job_file, [*words, "search.trials=4"])) == (
+        f"grid: 4 of {count} points are tried, the job's own values among them; "
+        f"search.trials={count}, or null, is the whole grid"
+    )
+
+
+def test_the_packaged_search_by_random() -> None:
+    job = load_search("search-inner-loop", ["search.searcher=random", "search.startup=null"])
+    assert job.search.searcher == "random" and job.search.budget == 10

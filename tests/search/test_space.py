@@ -135,7 +135,11 @@ BAD_SECTIONS = [
     ({"scheduler": "fifo", "reduction": 3}, "search.reduction: is read by search.scheduler=asha only"),
     ({"scheduler": "asha", "samples": 4}, "search.samples: is read by search.scheduler=median only"),
     ({"scheduler": "fifo", "grace": 2}, "search.grace: is read by search.scheduler=asha or median only"),
-    ({"searcher": "random", "startup": 2}, "search.startup: is read by search.searcher=optuna only"),
+    (
+        {"searcher": "random", "startup": 2},
+        "search.startup: is read by search.searcher=optuna only, not by random",
+    ),
+    ({"searcher": "grid", "startup": 2}, "not by grid; search.startup=null leaves it out"),
     ({"also": ["seconds"]}, "search.also: trials that are stopped early have no costs"),
     ({"also": ["minutes"], "scheduler": "fifo"}, "search.also: 'minutes' is no cost; valid: adaptation_mflop"),
     ({"budget": 0}, "search.budget: input should be greater than 0"),
