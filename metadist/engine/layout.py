@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 BLOCK = 1 << 17
 """Elements of a large buffer that are worked on at a time: what is done to them one after the other finds them in the
 processor's cache."""

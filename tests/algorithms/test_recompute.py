@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from inner_loop_checks import episodes, ways
+from plain_reference import config_of, parameters, relative
 
 from metadist.algorithms import for_training
 from metadist.bench.memory import job
@@ -12,8 +14,6 @@ from metadist.data.sources import prepare
 from metadist.engine.fit import needed
 from metadist.engine.packed import vectorised_packed
 from metadist.engine.shard import loop, vectorised
-from inner_loop_checks import episodes, ways
-from plain_reference import config_of, parameters, relative
 
 METHODS = ("maml", "boil", "meta-sgd", "task-conditioned")
 IMAGE = (1, 16, 16)

@@ -114,7 +114,9 @@ def test_resnet12_is_that_of_the_literature():
     assert 12.4e6 < weights < 12.5e6
     network = build(Model(name="resnet12", width=4, activation="leaky-relu"), (3, 37, 34), 5)
     generator = torch.Generator().manual_seed(0)
-    params = {n: v.double() + 0.1 * torch.rand(v.shape, generator=generator) for n, v in network.init(generator).items()}
+    params = {
+        n: v.double() + 0.1 * torch.rand(v.shape, generator=generator) for n, v in network.init(generator).items()
+    }
     x = torch.rand(3, 3, 37, 34, generator=generator, dtype=torch.float64)
     leaves = {name: value.requires_grad_() for name, value in params.items()}
     found, expected = network(leaves, x)[0], torchs_resnet12(leaves, x, [4, 10, 20, 40])
