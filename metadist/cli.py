@@ -404,7 +404,7 @@ def data_show(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(help="engine, peers, workers, memory or search")],
+    suite: Annotated[str, typer.Argument(help="engine, peers, workers, memory, scale or search")],
     out: Annotated[Path | None, typer.Option(help="folder for bench.json, bench.parquet and bench.png")] = None,
 ) -> None:
     """Measure speed: a table, and with --out its figures as files."""

@@ -258,10 +258,14 @@ class Cluster(Tree):
     backup: Annotated[float, Field(ge=1), Number] | None = Field(
         3.0, description="times the usual that shards may take before an idle worker computes them too; null: for ever"
     )
-    aggregators: Positive = Field(1, description="actors that θ is cut into pieces for; at most its tensors")
-    sums: Literal["flat", "tree"] = Field(
-        "flat",
-        description="flat: workers' sums go straight to the aggregators; tree: they are added on each node first",
+    aggregators: Positive | Literal["auto"] = Field(
+        "auto",
+        description="actors that θ is cut into pieces for, at most its tensors; auto: 4 for 8 MB of θ or more, else 1",
+    )
+    sums: Literal["auto", "flat", "tree"] = Field(
+        "auto",
+        description="flat: workers' sums go straight to the aggregators; tree: they are added on each node first; "
+        "auto: tree for 1 GB of sums or more a step. Both autos are 1 and flat on a local cluster",
     )
     ship: bool = Field(True, description="send this package's code to the hosts of another's cluster")
     silence: Rate = Field(30.0, description="seconds after which an aggregator that stands still is replaced")
@@ -285,9 +289,10 @@ class Cluster(Tree):
             )
         if self.backup != Cluster.model_fields["backup"].default:
             raise ValueError(f"backup: is read by cluster.strategy=aggregator only, not by {strategy}")
-        if self.aggregators != 1 or self.sums != "flat":
-            key = "aggregators" if self.aggregators != 1 else "sums"
-            raise ValueError(f"{key}: is read by cluster.strategy=aggregator only, not by {strategy}")
+        # Once nothing but 1 and flat was: what a run from then has written down is no wish.
+        for key, plain in (("aggregators", 1), ("sums", "flat")):
+            if getattr(self, key) not in ("auto", plain):
+                raise ValueError(f"{key}: is read by cluster.strategy=aggregator only, not by {strategy}")
         if strategy == "allreduce" and self.address.startswith("ray://"):
             raise ValueError(
                 f"address: {self.address} keeps the driver outside of the cluster; cluster.strategy=allreduce needs "
@@ -726,7 +731,8 @@ def resolve(config: Config) -> Config:
     - `cluster.gpus`: 0 on cpu; on cuda 1, or where the workers run on the driver's machine
       an equal share of its GPUs, if that is less.
 
-    `tracking.uri` stays, because its rule needs the run folder.
+    `tracking.uri` stays, because its rule needs the run folder; `cluster.sums` and `cluster.aggregators` stay, because
+    theirs needs the size of θ (`runtime/cut.py`) and no bit depends on them.
     """
     gpus, device = config.cluster.gpus, config.engine.device
     workers = max(1, config.cluster.most)

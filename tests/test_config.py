@@ -140,7 +140,7 @@ def test_a_wrong_value_is_refused_under_its_key(word, key):
 
 
 @pytest.mark.parametrize(("word", "told"), [
-    ("model.name=resnet", "'stride2', 'conv4', 'conv4-fc' or 'mlp'"),
+    ("model.name=resnet", "'stride2', 'conv4', 'conv4-fc', 'resnet12' or 'mlp'"),
     ("task.ways=1", "greater than or equal to 2, not 1"),
     ("seed=x", "valid integer"),
     ("engine.threads=0", "greater than or equal to 1, not 0"),
@@ -386,7 +386,8 @@ def test_every_auto_is_resolved():
     assert (config.task.shard, config.engine.mode, config.engine.device) == (8, "vectorised", "cpu")
     assert (config.cluster.cpus, config.cluster.gpus) == (1.0, 0.0)
     left = {key: value for key, value in flatten(config).items() if value == "auto"}
-    assert left == {"tracking.uri": "auto"}
+    # Their rules need the run folder, and the size of θ.
+    assert left == {"tracking.uri": "auto", "cluster.sums": "auto", "cluster.aggregators": "auto"}
 
 
 def test_what_is_given_stays():

@@ -6,7 +6,7 @@ from importlib import import_module
 from metadist.bench.record import Row
 from metadist.errors import ConfigError
 
-SUITES = ("engine", "peers", "workers", "memory", "search")
+SUITES = ("engine", "peers", "workers", "memory", "scale", "search")
 
 
 def run(suite: str, say: Callable[[str], None]) -> list[Row]:

@@ -36,20 +36,37 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def too_large(config: Config, paths: Sequence[str], sharing: int = 1) -> RunError:
-    """What to tell of a shard that did not fit here. paths: of the tables; sharing: processes that compute one each."""
-    shard, batch, least = config.shard, config.task.meta_batch, smallest(config)
+def too_large(config: Config, paths: Sequence[str]) -> RunError:
+    """What to tell of a shard that did not fit here. paths: of the tables."""
+    shard = config.shard
     give_back(config.engine.device)
     try:
-        needs = [needed(config, paths, tasks) for tasks in (least, 2 * least)]
+        needs = _two_small(config, paths)
     except RunError:
         return RunError(f"task.shard: {shard} tasks do not fit into memory, and fewer could not be measured either")
+    return _told(config, needs, min(need.free for need in needs))
+
+
+def misfit(config: Config, paths: Sequence[str], sharing: int) -> RunError | None:
+    """The same where processes died, maybe of that; None: a shard fits beside those of all that share this memory."""
+    try:
+        needs = _two_small(config, paths)
+    except RunError:
+        return None
     free = min(need.free for need in needs) / sharing
-    most = largest(needs, batch, free)
+    return _told(config, needs, free) if largest(needs, config.shard, free) < config.shard else None
+
+
+def _two_small(config: Config, paths: Sequence[str]) -> list[Need]:
+    least = smallest(config)
+    return [needed(config, paths, tasks) for tasks in (least, 2 * least)]
+
+
+def _told(config: Config, needs: Sequence[Need], free: float) -> RunError:
+    batch, least = config.task.meta_batch, needs[0].tasks
     took = " and ".join(f"{_amount(need.bytes)} for {need.tasks}" for need in needs)
-    told = (
-        f"task.shard: {shard} tasks do not fit into memory; of the {_amount(free)} that are free, a shard takes {took}"
-    )
+    told = f"task.shard: {config.shard} tasks do not fit into memory; {_amount(free)} are free, and it takes {took}"
+    most = largest(needs, batch, free)
     if most < least:
         return RunError(f"{told}; not even {least} would fit, a smaller model or fewer inner steps may")
     return RunError(f"{told}; the largest that fits and divides task.meta_batch={batch} is {most}")

@@ -20,7 +20,7 @@ from metadist.runtime import aggregator, combiner
 from metadist.runtime.aggregator import Position, Report, Snapshot, joined
 from metadist.runtime.cluster import first_line
 from metadist.runtime.combiner import Gathered
-from metadist.runtime.cut import cut
+from metadist.runtime.cut import cut, topology
 from metadist.runtime.runtime import AggregatorLost, Later, Say
 from metadist.runtime.watch import Watch, Watched
 from metadist.runtime.worker import Receipt
@@ -49,13 +49,14 @@ class Aggregation:
     def __init__(self, ray: Any, config: Config, blueprint: Blueprint, run: str | None, say: Say) -> None:
         self.ray, self.config, self.say = ray, config, say
         self.blueprint = blueprint
-        self.pieces = cut(blueprint, config.cluster.aggregators)
+        way = topology(config.cluster, blueprint)
+        self.pieces = cut(blueprint, way.aggregators)
         self._run = run if config.cluster.linger else None
         self._linger = config.cluster.linger if self._run is not None else None
         self._watch: Watch | None = None
         self._actors: list[Any] = []
         self.broadcast: tuple[Any, ...] = ()
-        self._tree = config.cluster.sums == "tree"
+        self._tree = way.tree
         self._combiners: dict[str, Any] = {}
         self._there: defaultdict[str, set[int]] = defaultdict(set)
         self._acks: list[Any] = []

@@ -17,7 +17,7 @@ from metadist.config import Cluster
 from metadist.errors import ClusterError
 
 OBJECT_STORE_BYTES = 512 * 2**20
-"""Of a local cluster: parameters and sums are small, the data lives in its own memory map."""
+"""Of a local cluster at least: parameters and sums are small, the data lives in its own memory map."""
 
 DIRECT_BYTES = 4 * 2**20
 """Up to which results and arguments travel inside the calls of a local cluster."""
@@ -25,8 +25,10 @@ DIRECT_BYTES = 4 * 2**20
 _said_for_others: set[str] = set()
 
 
-def connect(cluster: Cluster) -> tuple[Any, bool]:
+def connect(cluster: Cluster, summed: int = 0) -> tuple[Any, bool]:
     """Ray's module, connected, and whether this call connected it, so that its caller disconnects.
+
+    summed: bytes of a worker's sum; the memory of a local cluster holds three of every worker, and some for θ.
 
     `local` starts a cluster of our own with as many logical CPUs and GPUs as the workers
     ask for. Raises ClusterError in one line where nothing answers within `cluster.timeout`.
@@ -51,7 +53,7 @@ def connect(cluster: Cluster) -> tuple[Any, bool]:
             num_cpus=max(1, round(cluster.most * _number(cluster.cpus) + 0.499)),
             num_gpus=round(cluster.most * _number(cluster.gpus) + 0.499),
             include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
+            object_store_memory=max(OBJECT_STORE_BYTES, (3 * cluster.most + 2) * summed),
             **quiet,  # type: ignore[arg-type]
         )
         return ray, True

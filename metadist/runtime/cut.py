@@ -12,9 +12,42 @@ from itertools import accumulate
 
 import numpy as np
 
+from metadist.config import Cluster
 from metadist.engine.compression import Compression
 from metadist.engine.engine import Blueprint
 from metadist.engine.layout import Layout
+
+MANY_BYTES = 10**9
+"""Of all workers' sums of a step: from there on they are added on their nodes first (`sums: auto`)."""
+
+LARGE_BYTES = 8 * 10**6
+"""Of θ: from there on it is cut (`aggregators: auto`)."""
+
+PIECES = 4
+"""How often."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where sums go: `cluster.sums` and `cluster.aggregators`."""
+
+    tree: bool = False
+    aggregators: int = 1
+
+    def __str__(self) -> str:
+        way = "tree" if self.tree else "flat"
+        return way if self.aggregators == 1 else f"{way}, {self.aggregators} aggregators"
+
+
+def topology(cluster: Cluster, blueprint: Blueprint) -> Topology:
+    """By the keys; where they are auto by the rule that `metadist bench scale` has simulated, the same everywhere."""
+    apart = cluster.address != "local"
+    many = apart and blueprint.compression is None and cluster.most * 8 * blueprint.sums.total >= MANY_BYTES
+    large = apart and 4 * blueprint.values.total >= LARGE_BYTES
+    return Topology(
+        many if cluster.sums == "auto" else cluster.sums == "tree",
+        (PIECES if large else 1) if cluster.aggregators == "auto" else cluster.aggregators,
+    )
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,10 @@ class OnRay:
     ) -> None:
         self.config, self.say = config, say
         self.step, self.earlier = snapshot.step if snapshot else 0, list[Report]()
-        self.ray, self._ours = connect(config.cluster)
-        self.pool = Pool(self.ray, config, [str(table.path) for table in tables], say, self._left, self._near)
+        plan = blueprint(config, tables)
+        self.ray, self._ours = connect(config.cluster, 8 * plan.sums.total)
+        near = self._near if config.outer.remembers else None
+        self.pool = Pool(self.ray, config, [str(table.path) for table in tables], say, self._left, near)
         self.timeline = self.pool.timeline
         self._shards: Counter[str] = Counter()
         self._failures: dict[Item, int] = {}
@@ -48,7 +50,7 @@ class OnRay:
         self._begun = -1
         # A lane's state is this driver's: it dies with it, and so does the step that the aggregator is at.
         run = None if config.cluster.address == "local" or config.outer.remembers else run
-        self._sums = Aggregation(self.ray, config, blueprint(config, tables), run, say)
+        self._sums = Aggregation(self.ray, config, plan, run, say)
         try:
             check_resources(self.ray, config.cluster)
             self._take_over_or_start(snapshot)

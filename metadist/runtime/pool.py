@@ -93,7 +93,7 @@ class Pool:
         paths: Sequence[str],
         say: Say,
         leave: Callable[[str], Sequence[Item]],
-        near: Callable[[Item], str | None] = lambda item: None,
+        near: Callable[[Item], str | None] | None = None,
     ) -> None:
         self.ray, self.config, self.paths, self.say = ray, config, paths, say
         self.dispatcher: Dispatcher[Item] = Dispatcher(config.cluster.backup, near=near)
@@ -242,11 +242,27 @@ class Pool:
         self.asked = {ref: asked for ref, asked in self.asked.items() if asked.worker != name}
         self._deaths += 1
         if self._deaths >= MOST_DEATHS_IN_A_ROW:
-            raise ClusterError(f"{self._deaths} workers died one after the other; the last one: {reason}")
+            raise self._too_large() or ClusterError(
+                f"{self._deaths} workers died one after the other; the last one: {reason}"
+            )
         with concerning(self.places.get(name, name)):
             called = self.called.get(name, name)
             self.say(f"worker {called} died ({reason}); {len(again)} of its shards are computed again")
         self._hire()
+
+    def _too_large(self) -> MetadistError | None:
+        """A worker that is killed for memory says nothing: what a shard takes is measured where one would be."""
+        from ray.exceptions import RayError
+
+        cluster = self.config.cluster
+        sharing = cluster.most if cluster.address == "local" else 1
+        there = {"num_cpus": cluster.cpus, "num_gpus": cluster.gpus, "resources": cluster.resources, "max_retries": 0}
+        asked = self.ray.remote(worker.misfitting).options(**there).remote(self.config, self.paths, sharing)
+        try:
+            found: MetadistError | None = self.ray.get(asked, timeout=cluster.timeout)
+        except (RayError, TimeoutError):
+            return None
+        return found
 
     # --- calls and answers ---------------------------------------------------
 

@@ -22,10 +22,12 @@ from metadist.data.table import Table, open_table
 from metadist.engine.engine import Engine, Lane
 from metadist.engine.exact import first_exponents
 from metadist.engine.fingerprint import fingerprint
+from metadist.engine.fit import misfit
 from metadist.engine.hardware import hardware
 from metadist.engine.sweep import Setting
+from metadist.errors import RunError
 from metadist.runtime.aggregator import Broadcast, sealed
-from metadist.runtime.cut import assembled, cut, gathered_exponents
+from metadist.runtime.cut import assembled, cut, gathered_exponents, topology
 from metadist.spans import Span
 
 
@@ -78,6 +80,11 @@ def open_tables(config: Config, paths: Sequence[str]) -> list[Table]:
     return [one(source, Path(path)) for source, path in zip(config.data.sources, paths, strict=True)]
 
 
+def misfitting(config: Config, paths: Sequence[str], sharing: int) -> RunError | None:
+    """Whether a shard is too large for the memory here, and which would not be, where workers die and say nothing."""
+    return misfit(config, [str(table.path) for table in open_tables(config, paths)], sharing)
+
+
 class Worker:
     """Computes shards and evaluation tasks of one run."""
 
@@ -118,7 +125,7 @@ class Worker:
         carry anything; with `outer.local` a shard is a replica. Compressed, it is not their sum but their payloads,
         one behind the other. Nothing is computed from a broadcast of another step.
         """
-        pieces = cut(self.engine.blueprint, self.config.cluster.aggregators)
+        pieces = cut(self.engine.blueprint, topology(self.config.cluster, self.engine.blueprint).aggregators)
         broadcasts: tuple[Broadcast, ...] = (broadcast, *others[: len(pieces) - 1])
         lanes: tuple[Lane, ...] = others[len(pieces) - 1 :]
         none = np.zeros(0, dtype=np.int64)

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metadist.config import Config, resolve
+from metadist.config import Config, resolve, validate
 from metadist.engine.engine import Blueprint
 from metadist.runtime.aggregator import Aggregator, Snapshot, joined, sealed
 from metadist.runtime.combiner import Combiner
-from metadist.runtime.cut import assembled, cut, gathered_exponents
+from metadist.runtime.cut import Topology, assembled, cut, gathered_exponents, topology
 
 IMAGE, SHARDS, STEPS = (1, 16, 16), 4, 4
 STATEFUL = (
@@ -169,3 +169,19 @@ def test_the_sum_of_a_node_holds_every_shard_once(calls: list[list[int]], random
         again = sorted(counted)[:1]
         assert combiner.add(3, 0, again, tuple(map(sealed, (q[1], q[2]))), q[1], q[2]) is True
         assert combiner.collect(3, 0, 2)[0].shards == tuple(again)
+
+
+@pytest.mark.parametrize(
+    ("model", "image", "cluster", "expected"),
+    [
+        ({}, (1, 28, 28), {"workers": 1000}, Topology()),
+        ({}, (1, 28, 28), {"workers": 2000}, Topology(tree=True)),
+        ({"name": "resnet12"}, (3, 84, 84), {"workers": 4}, Topology(aggregators=4)),
+        ({"name": "resnet12"}, (3, 84, 84), {"workers": 16}, Topology(True, 4)),
+        ({"name": "resnet12"}, (3, 84, 84), {"workers": 16, "address": "local"}, Topology()),
+        ({"name": "resnet12"}, (3, 84, 84), {"workers": 16, "sums": "flat", "aggregators": 2}, Topology(False, 2)),
+    ],
+)
+def test_where_sums_go_by_the_size_of_theta(model, image, cluster, expected) -> None:  # type: ignore[no-untyped-def]
+    config = validate({"model": model, "cluster": {"address": "auto", **cluster}}, "test")
+    assert topology(config.cluster, Blueprint(config, image)) == expected

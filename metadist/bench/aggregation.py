@@ -1,0 +1,185 @@
+"""What a meta-step costs beside its shards, on one machine: sums, their addition, the outer step and θ's way back.
+
+Four workers as Ray actors send sums that they have already, to the aggregators that train, and
+the next step's sums are sent when θ is there: the time of such a step is the cost.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metadist.bench.record import Row
+from metadist.config import Config, load, resolve
+from metadist.data.sources import prepare
+from metadist.engine.engine import Blueprint, Engine
+from metadist.runtime.aggregation import Aggregation
+from metadist.runtime.aggregator import sealed
+from metadist.runtime.cluster import connect, disconnect
+from metadist.runtime.cut import assembled, cut, topology
+from metadist.runtime.worker import Receipt
+
+WORKERS, TURNS, STEPS = 4, 5, 10
+
+WAYS: dict[str, dict[str, Any]] = {
+    "flat": {},
+    "tree": {"sums": "tree"},
+    "2 aggregators": {"aggregators": 2},
+    "4 aggregators": {"aggregators": 4},
+}
+"""Keys of `cluster`."""
+
+
+class Size(NamedTuple):
+    """Parameters of a real network: name, its keys of `model`, the shape of an image; steps of one measurement."""
+
+    name: str
+    model: dict[str, Any]
+    shape: tuple[int, int, int]
+    steps: int
+
+
+SIZES = (
+    Size("no parameters to speak of", {"name": "mlp", "width": 1, "layers": 2, "norm": "none"}, (1, 1, 1), STEPS),
+    Size("0.5 MB", {"name": "stride2"}, (1, 28, 28), STEPS),
+    Size("50 MB", {"name": "resnet12", "activation": "leaky-relu"}, (3, 84, 84), 2),
+)
+"""The first one is what the calls cost; then the MAML paper's network, and ResNet-12 at 84 × 84."""
+
+RECIPES = {"the quickstart": "quickstart", "the paper's recipe": "omniglot-maml-5w1s"}
+"""Jobs whose steps have parameters of 0.5 MB; both computed on the embedded letters."""
+
+
+class Sender:
+    """A worker that has computed its shard already."""
+
+    def __init__(self, config: Config, shape: tuple[int, ...]) -> None:
+        self.blueprint = Blueprint(config, shape)
+        self.pieces = cut(self.blueprint, topology(config.cluster, self.blueprint).aggregators)
+        self.q = np.random.default_rng(0).integers(-(2**20), 2**20, self.blueprint.sums.total)
+
+    def compute(self, step: int, shard: int, *broadcasts: Any) -> tuple[Any, ...]:
+        """A receipt and the sums, once θ is there in one piece."""
+        values = np.array(assembled(self.pieces, [one.values for one in broadcasts], self.blueprint.values.total))
+        sums = [piece.part(self.q) for piece in self.pieces]
+        current = bool(np.isfinite(values[:1]).all())
+        return Receipt(os.getpid(), (shard,), (), (), current, tuple(map(sealed, sums))), *sums
+
+
+class _Contender:
+    """Aggregators of one size and way, with senders."""
+
+    def __init__(self, ray: Any, size: Size, keys: dict[str, Any], say: Callable[[str], None]) -> None:
+        self.ray, self.steps, self.step = ray, size.steps, 0
+        config = job(size.model, keys)
+        blueprint = Blueprint(config, size.shape)
+        self.sums = Aggregation(ray, config, blueprint, None, say)
+        self.sums.start(None)
+        actor = ray.remote(Sender).options(num_cpus=0)
+        self.senders = [actor.remote(config, size.shape) for _ in range(WORKERS)]
+        self.node = ray.get_runtime_context().get_node_id()
+        self.seconds()  # warm
+
+    def seconds(self) -> float:
+        """Of one meta-step, over some."""
+        began = time.perf_counter()
+        for step in range(self.step, self.step + self.steps):
+            results = 1 + len(self.sums.pieces)
+            sent = [
+                sender.compute.options(num_returns=results).remote(step, number, *self.sums.broadcast)
+                for number, sender in enumerate(self.senders)
+            ]
+            waiting = {receipt: sums for receipt, *sums in sent}
+            while waiting:
+                (receipt,), _ = self.ray.wait(list(waiting), num_returns=1)
+                self.sums.add(step, 0, self.ray.get(receipt), waiting.pop(receipt), self.node)
+            lost, damaged = self.sums.gather(step, 0)
+            report = self.sums.apply(step)()
+            assert not lost | damaged | set(report.missing), "every sum arrives"
+        self.step += self.steps
+        return (time.perf_counter() - began) / self.steps
+
+    def close(self) -> None:
+        for sender in self.senders:
+            self.ray.kill(sender)
+        self.sums.end()
+
+
+def job(model: dict[str, Any], cluster: dict[str, Any]) -> Config:
+    """Four shards a step."""
+    return resolve(
+        Config.model_validate(
+            {
+                "task": {"meta_batch": WORKERS, "shard": 1},
+                "model": model,
+                "engine": {"device": "cpu"},
+                "cluster": {"workers": WORKERS, **cluster},
+            }
+        )
+    )
+
+
+def rows(say: Callable[[str], None]) -> list[Row]:
+    """Milliseconds a step by size and way, and their share of a whole step."""
+    found: list[Row] = []
+    largest = max(8 * Blueprint(job(size.model, {}), size.shape).sums.total for size in SIZES)
+    ray, _ = connect(job(SIZES[0].model, {}).cluster, largest)
+    costs: dict[str, float] = {}
+    try:
+        for size in SIZES:
+            ways = WAYS if size.steps < STEPS or size.name == "0.5 MB" else {"flat": {}}
+            contenders = {way: _Contender(ray, size, keys, say) for way, keys in ways.items()}
+            spent: dict[str, list[float]] = {way: [] for way in ways}
+            for _ in range(TURNS):
+                for way, contender in contenders.items():
+                    spent[way].append(1000 * contender.seconds())
+            for contender in contenders.values():
+                contender.close()
+            costs[size.name] = statistics.median(spent["flat"])
+            for way, each in spent.items():
+                name = f"{size.name}, {way}"
+                ratio = statistics.median(a / b for a, b in zip(each, spent["flat"], strict=True))
+                baseline = None if way == "flat" else f"{size.name}, flat"
+                found.append(Row(name, statistics.median(each), "ms", baseline, baseline and ratio, TURNS))  # type: ignore[arg-type]
+                say(f"{name}: {found[-1].value:.1f} ms a step")
+    finally:
+        disconnect()
+    return found + _shares(costs["0.5 MB"], say)
+
+
+def _shares(cost: float, say: Callable[[str], None]) -> list[Row]:
+    """Of a step of each recipe with as many workers: the cost, against its shards on the cores that there are."""
+    found = []
+    for told, name in RECIPES.items():
+        config = shards_of(name)
+        seconds = 1000 * statistics.median(shard_seconds(config, 5, say))
+        cores = min(len(os.sched_getaffinity(0)), WORKERS, config.lanes)
+        share = cost / (cost + seconds * config.lanes / cores)
+        found.append(Row(f"share of a step of {told}, 0.5 MB", 100 * share, "%", None, None, 5))
+        say(
+            f"{told}: {config.lanes} shards of {seconds:.1f} ms on {cores} cores; "
+            f"the cost is {100 * share:.1f} % of a step"
+        )
+    return found
+
+
+def shards_of(name: str) -> Config:
+    """A packaged job on the embedded letters, on a CPU in this process."""
+    words = ["data.name=glyphs", "data.split=null", "engine.device=cpu", "cluster.workers=0"]
+    return resolve(load(name, words))
+
+
+def shard_seconds(config: Config, count: int, say: Callable[[str], None]) -> Sequence[float]:
+    """Of some shards, one after the other."""
+    engine = Engine(config, [prepare(source, say) for source in config.data.sources])
+    theta, state = engine.blueprint.named(engine.blueprint.initial(), engine.device)
+    engine.sums(theta, state, 0, 0)  # warm
+    spent = []
+    for step in range(count):
+        began = time.perf_counter()
+        engine.sums(theta, state, step, 0)
+        spent.append(time.perf_counter() - began)
+    return spent

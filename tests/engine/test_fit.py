@@ -1,0 +1,71 @@
+"""A shard that does not fit into memory: one line, and the shard that would fit does."""
+
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from metadist.config import Config, resolve, validate
+from metadist.engine.fit import Need, largest, misfit, smallest
+
+LIMITED = """
+import resource, sys
+from metadist.config import load, resolve
+from metadist.data.sources import prepare
+from metadist.engine.engine import Engine
+from metadist.engine.fit import status
+from metadist.errors import MetadistError
+
+config = resolve(load("quickstart", sys.argv[1:]))
+engine = Engine(config, [prepare(config.data.sources[0])])
+theta, state = engine.blueprint.named(engine.blueprint.initial())
+most = status("VmSize") + 600 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+try:
+    engine.sums(theta, state, 0, 0)
+    print("fits")
+except MetadistError as error:
+    print(error)
+"""
+"""A shard in a process whose memory is limited to 600 MB more than it has when it is idle."""
+
+
+def limited(shard: int) -> str:
+    words = ["model.name=conv4", "task.meta_batch=64", f"task.shard={shard}", "cluster.workers=0", "engine.device=cpu"]
+    ended = subprocess.run([sys.executable, "-c", LIMITED, *words], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-500:]
+    return ended.stdout.strip()
+
+
+def test_a_shard_that_does_not_fit_is_told_with_the_largest_that_does() -> None:
+    line = limited(64)
+    told = re.fullmatch(
+        r"task\.shard: 64 tasks do not fit into memory; of the [\d,]+ MiB that are free, it takes \d+ MiB for 1 and "
+        r"\d+ MiB for 2; the largest that fits and divides task\.meta_batch=64 is (\d+)",
+        line,
+    )
+    assert told, line
+    assert 1 < int(told[1]) < 64
+    assert limited(int(told[1])) == "fits"
+
+
+@pytest.mark.parametrize(("free", "expected"), [(0, 0), (110, 1), (130, 2), (184, 4), (185, 6), (1e9, 12)])
+def test_memory_grows_by_the_same_amount_with_every_task(free: float, expected: int) -> None:
+    needs = [Need(1, 110, 0.0, 0), Need(2, 125, 0.0, 0)]
+    assert largest(needs, 12, free) == expected
+
+
+@pytest.mark.chaos
+def test_where_processes_died_and_a_shard_fits_it_was_not_the_memory(tiny) -> None:  # type: ignore[no-untyped-def]
+    config: Config = resolve(tiny("engine.device=cpu"))
+    from metadist.data.sources import prepare
+
+    assert misfit(config, [str(prepare(config.data.sources[0]).path)], 1) is None
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+
+
+def test_a_method_that_compares_tasks_needs_two() -> None:
+    assert smallest(validate({}, "test")) == 1
+    assert smallest(validate({"algorithm": {"name": "task-conditioned"}, "task": {"within_group": True}}, "test")) == 2
