@@ -98,7 +98,7 @@ class _Contender:
                 self.sums.add(step, 0, self.ray.get(receipt), waiting.pop(receipt), self.node)
             lost, damaged = self.sums.gather(step, 0)
             report = self.sums.apply(step)()
-            assert not (lost or damaged or report.missing), "every sum arrives"
+            assert not [*lost, *damaged, *report.missing], "every sum arrives"
         self.step += self.steps
         return (time.perf_counter() - began) / self.steps
 
@@ -159,9 +159,8 @@ def _shares(cost: float, say: Callable[[str], None]) -> list[Row]:
         cores = min(len(os.sched_getaffinity(0)), WORKERS, config.lanes)
         share = cost / (cost + seconds * config.lanes / cores)
         found.append(Row(f"share of a step of {told}, 0.5 MB", 100 * share, "%", None, None, 5))
-        say(
-            f"{told}: {config.lanes} shards of {seconds:.1f} ms on {cores} cores; the cost is {100 * share:.1f} % of a step"
-        )
+        shards = f"{config.lanes} shards of {seconds:.1f} ms on {cores} cores"
+        say(f"{told}: {shards}; the cost is {100 * share:.1f} % of a step")
     return found
 
 

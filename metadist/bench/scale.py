@@ -141,8 +141,8 @@ def simulated(scenario: Scenario, workers: int, say: Callable[[str], None]) -> l
             Row(name, 100 * one.aggregator, "% aggregator busy", None, None, STEPS - 1),
         ]
         say(
-            f"{name}: {one.steps:.3g} steps/s, {one.bytes / 1e6:,.1f} MB a step, aggregator {100 * one.aggregator:.0f} %, "
-            f"driver {100 * one.driver:.0f} %"
+            f"{name}: {one.steps:.3g} steps/s, {one.bytes / 1e6:,.1f} MB a step, "
+            f"aggregator {100 * one.aggregator:.0f} %, driver {100 * one.driver:.0f} %"
         )
     return rows
 

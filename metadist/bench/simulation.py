@@ -17,6 +17,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -35,8 +36,8 @@ long as the quickest ones; the mean stays."""
 
 
 class Costs(NamedTuple):
-    """Seconds. shards: times to replay; call: of the driver's, for a call and its receipt; hop: until a message is there;
-    add: of an element of a sum; move: of an element, in the outer step; wire: of a byte."""
+    """Seconds. shards: times to replay; call: of the driver's, for a call and its receipt; hop: until a message is
+    there; add: of an element of a sum; move: of an element, in the outer step; wire: of a byte."""
 
     shards: Sequence[float]
     call: float
@@ -158,13 +159,13 @@ class Simulation:
             begins = max(sent, self._free[name], self._theta[node])
             ends = begins + sum(self._shard_time() for _ in items)
             self._free[name] = ends
-            self._at(ends + self.costs.hop, lambda name=name, items=items, ends=ends: self._came(name, items, ends))
+            self._at(ends + self.costs.hop, partial(self._came, name, items))
 
     def _shard_time(self) -> float:
         time = self.costs.shards[int(self._random.integers(len(self.costs.shards)))]
         return time * float(1 + self._random.pareto(TAIL)) * (TAIL - 1) / TAIL
 
-    def _came(self, name: str, items: tuple[Shard, ...], ends: float) -> None:
+    def _came(self, name: str, items: tuple[Shard, ...]) -> None:
         """A receipt: count what it is of, and send its sum on its way; a late one is dropped."""
         told = self.driver.serve(self.now, self.costs.call / 2)
         current = [item for item in items if item in self.dispatcher.open]

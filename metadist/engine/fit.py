@@ -65,7 +65,8 @@ def _two_small(config: Config, paths: Sequence[str]) -> list[Need]:
 def _told(config: Config, needs: Sequence[Need], free: float) -> RunError:
     batch, least = config.task.meta_batch, needs[0].tasks
     took = " and ".join(f"{_amount(need.bytes)} for {need.tasks}" for need in needs)
-    told = f"task.shard: {config.shard} tasks do not fit into memory; of the {_amount(free)} that are free, it takes {took}"
+    there = f"of the {_amount(free)} that are free, it takes {took}"
+    told = f"task.shard: {config.shard} tasks do not fit into memory; {there}"
     most = largest(needs, batch, free)
     if most < least:
         return RunError(f"{told}; not even {least} would fit, a smaller model or fewer inner steps may")
@@ -73,7 +74,7 @@ def _told(config: Config, needs: Sequence[Need], free: float) -> RunError:
 
 
 def largest(needs: Sequence[Need], batch: int, free: float) -> int:
-    """The largest divisor of a meta-batch whose tasks fit into so many bytes as a shard, by two smaller ones; 0: none."""
+    """The largest divisor of a meta-batch that fits into so many bytes as a shard, by two smaller ones; 0: none."""
     small, large = needs
     each = max(0.0, (large.bytes - small.bytes) / (large.tasks - small.tasks))
     fixed = max(0.0, small.bytes - each * small.tasks)

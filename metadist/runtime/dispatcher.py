@@ -161,10 +161,10 @@ class Dispatcher(Generic[Item]):
     def _take(self, worker: str, size: int) -> list[Item]:
         """Pending items that this worker may compute: its own first, those of other workers last."""
         shunned = len(self.held) > 1
-        able = (item for item in self.pending if not (shunned and self.avoid.get(item) == worker))
+        able: Iterable[Item] = (item for item in self.pending if not (shunned and self.avoid.get(item) == worker))
         near = self.near
         if near is not None:
-            able = iter(sorted(able, key=lambda item: self._far(worker, near(item))))
+            able = sorted(able, key=lambda item: self._far(worker, near(item)))
         items = list(islice(able, size))
         for item in items:
             del self.pending[item]
