@@ -96,7 +96,7 @@ class Model(Tree):
 
     name: Literal["stride2", "conv4", "conv4-fc", "resnet12", "mlp"] = Field("stride2", description="architecture")
     width: Positive = Field(
-        64, description="channels of a convolution, of resnet12's first block, or units of an MLP layer"
+        64, description="channels of a convolution (resnet12: of block 1), or units of an MLP layer"
     )
     hidden: Positive = Field(128, description="units of conv4-fc's first, and without head of its second, linear layer")
     layers: Positive = Field(2, description="hidden layers of mlp")

@@ -24,7 +24,7 @@ from metadist.engine.exact import (
     quantise,
     scales,
 )
-from metadist.engine.layout import Layout
+from metadist.engine.layout import BLOCK, Layout
 
 
 def tensors_of(values):
@@ -263,3 +263,13 @@ def test_quantising_leaves_its_input_alone():
     tensor = torch.full((3,), 0.1, dtype=torch.float64)
     quantise(single, {"a": tensor}, torch.ones(3).double(), 1)
     assert (tensor == 0.1).all()
+
+
+def test_dequantising_block_by_block_is_dequantising_at_once():
+    """In pieces that fit into the cache, and the mean with it: the same bits."""
+    layout = Layout(("large", "none", "small"), ((3, BLOCK // 2 + 5), (0,), ()))
+    total = np.random.default_rng(0).integers(-(2**62), 2**62, layout.total)
+    exponents = np.array([130, 5, -40])
+    at_once = torch.from_numpy(total.astype(np.float64)) / scales(layout, exponents)
+    assert torch.equal(dequantise(layout, total, exponents), at_once)
+    assert torch.equal(dequantise(layout, total, exponents, 12), at_once / 12)
