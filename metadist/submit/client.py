@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -26,6 +27,9 @@ from metadist.submit.submission import Submission
 
 TIMEOUT = 10.0
 """Seconds in which a job server says that it is one."""
+
+YOUNG = 60.0
+"""Seconds that a head may take from its first answer to the first job that it starts."""
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 TOKEN = "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH names it"  # noqa: S105, no token
@@ -135,12 +139,18 @@ class Server:
         with tempfile.TemporaryDirectory() as folder, self._answering():
             package, work = stage(Path(folder), job)
             environment = {"py_modules": [str(package)], "working_dir": str(work), "env_vars": env}
-            try:
-                self._client.submit_job(entrypoint=command, submission_id=name, runtime_env=environment, metadata=told)
-            except RuntimeError as error:
-                if "already exists" in str(error):
-                    raise RunError(f"{name}: was submitted by somebody else meanwhile") from error
-                raise
+            send = partial(self._client.submit_job, entrypoint=command, submission_id=name, metadata=told)
+            until = time.monotonic() + YOUNG
+            while True:
+                try:
+                    send(runtime_env=environment)
+                    return
+                except RuntimeError as error:
+                    if "already exists" in str(error):
+                        raise RunError(f"{name}: was submitted by somebody else meanwhile") from error
+                    # A head answers before the part of it that starts jobs is up; Ray itself waits ten seconds for it.
+                    if "No available agent" not in str(error) or time.monotonic() > until:
+                        raise
 
     def _python(self) -> str:
         """The interpreter that the head's own workers run."""
