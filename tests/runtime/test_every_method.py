@@ -97,5 +97,6 @@ def test_same_bits(
         receipt, q = here.compute(broadcast, STEPS, broadcast.attempt, (0, 1))
     for aggregator in (alone, resumed):
         assert aggregator.add(STEPS, broadcast.attempt, receipt.summed, q)
-    assert alone.apply(STEPS)[0] == resumed.apply(STEPS)[0]
+    went_on, began_again = (one.apply(STEPS)[0]._replace(spans=()) for one in (alone, resumed))
+    assert went_on == began_again
     assert np.array_equal(alone.broadcast().values, resumed.broadcast().values)
