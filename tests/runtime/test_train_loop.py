@@ -72,7 +72,7 @@ PLACES = {
     "right-behind-a-checkpoint": ("finish", 8, 0),
     "in-the-outer-step": ("apply", 6, 1),
     "in-the-last-outer-step": ("apply", 11, 3),
-    "in-a-checkpoint": ("snapshot", 8, 6),  # the loop goes on until the writer meets the loss
+    "in-a-checkpoint": ("snapshot", 8, 4),  # checkpoint.every: how far the loop gets meanwhile is the writer's speed
     "in-the-last-checkpoint": ("snapshot", 12, 4),
     "in-a-validation": ("judge", 6, 2),
 }
