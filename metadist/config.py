@@ -267,6 +267,11 @@ class Cluster(Tree):
         description="flat: workers' sums go straight to the aggregators; tree: they are added on each node first; "
         "auto: tree for 1 GB of sums or more a step. Both autos are 1 and flat on a local cluster",
     )
+    lines: bool = Field(
+        True,
+        description="driver, workers and the aggregator of one machine talk by sockets and shared memory, beside Ray; "
+        "false: by Ray alone",
+    )
     ship: bool = Field(True, description="send this package's code to the hosts of another's cluster")
     silence: Rate = Field(30.0, description="seconds after which an aggregator that stands still is replaced")
     linger: NonNegative = Field(

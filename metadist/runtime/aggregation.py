@@ -3,6 +3,9 @@
 `cluster.aggregators` cuts θ into pieces, each with an aggregator. With `cluster.sums: tree` the
 workers' sums are added on their node first. No bit depends on either.
 
+An only aggregator on the driver's machine is called by a line (`line.py`), and sums and θ are in shared memory, where
+that is so of all workers too.
+
 On a cluster that is not this run's own the aggregators are named and detached: they outlive the
 driver, and one that resumes the run finds them. Without a driver they end after `cluster.linger`.
 """
@@ -11,29 +14,59 @@ import contextlib
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import cache
 from typing import Any
+
+import numpy as np
 
 from metadist.config import Config
 from metadist.engine.device import keep_all_memory
 from metadist.engine.engine import Blueprint
 from metadist.runtime import aggregator, combiner
-from metadist.runtime.aggregator import Position, Report, Snapshot, joined
+from metadist.runtime.aggregator import Broadcast, Position, Report, Snapshot, joined
 from metadist.runtime.cluster import first_line
 from metadist.runtime.combiner import Gathered
 from metadist.runtime.cut import cut, topology
+from metadist.runtime.line import Address, Broken, Line, Reached
+from metadist.runtime.pool import Published
 from metadist.runtime.runtime import AggregatorLost, Later, Say
+from metadist.runtime.sharing import Board, Gone, Outbox, Shared, Spaces
 from metadist.runtime.watch import Watch, Watched
 from metadist.runtime.worker import Receipt
 
 NAMESPACE = "metadist"
 
 
-class Aggregator(Watched, aggregator.Aggregator):
+class Aggregator(Watched, Reached, aggregator.Aggregator):
     """As an actor."""
 
     def __init__(self, linger: float | None, *arguments: Any) -> None:
         keep_all_memory()
+        self._spaces, self._board = Spaces(), Board()
         super().__init__(linger, *arguments)
+
+    def publish(self) -> Published:
+        """θ_t in shared memory."""
+        return self._published(self.broadcast())
+
+    def _published(self, found: Broadcast) -> Published:
+        return Published(found.step, found.attempt, self._board.publish(found.step, found.values), found.exponents)
+
+    def add_here(self, step: int, attempt: int, shards: Collection[int], shared: Shared, seal: int) -> None:
+        """Count a sum in shared memory. One that died with its worker is missing when the step is to be taken."""
+        with contextlib.suppress(Gone):
+            head, q = self._spaces.read(shared)
+            self.add(step, attempt, shards, q, seal)
+            head[0] = Outbox.READ
+
+    def redo_here(self, step: int, attempt: int, exceeding: Collection[int]) -> Published:
+        """`redo` by the line."""
+        return self._published(self.redo(step, attempt, exceeding))
+
+    def apply_here(self, step: int) -> tuple[Report, Published]:
+        """`apply` by the line."""
+        report, broadcast = self.apply(step)
+        return report, self._published(broadcast)
 
 
 class Combiner(Watched, combiner.Combiner):
@@ -55,7 +88,11 @@ class Aggregation:
         self._linger = config.cluster.linger if self._run is not None else None
         self._watch: Watch | None = None
         self._actors: list[Any] = []
-        self.broadcast: tuple[Any, ...] = ()
+        self._broadcast: tuple[Any, ...] = ()
+        self._published: Callable[[], Published] | None = None
+        self._line: Line | None = None
+        self._coming: Any = None
+        self._spaces = Spaces()
         self._tree = way.tree
         self._combiners: dict[str, Any] = {}
         self._there: defaultdict[str, set[int]] = defaultdict(set)
@@ -80,7 +117,7 @@ class Aggregation:
             every = [[report for report in position.reports if report.step >= first] for position in found]
             reports = [_joined(parts) for parts in zip(*every, strict=True)]
         if self._actors:
-            self.broadcast = tuple(actor.reopen.remote() for actor in self._actors)
+            self._broadcast = tuple(actor.reopen.remote() for actor in self._actors)
             self._look_after_them()
         return reports
 
@@ -97,10 +134,12 @@ class Aggregation:
             made = actor.options(**options)
             built = (self.config, shape, snapshot, classes, piece, len(self.pieces))
             self._actors.append(made.remote(self._linger, *built))
-        self.broadcast = tuple(actor.broadcast.remote() for actor in self._actors)
+        self._broadcast = tuple(actor.broadcast.remote() for actor in self._actors)
         self._look_after_them()
 
     def _look_after_them(self) -> None:
+        if self.config.cluster.lines and len(self._actors) == 1 and not self._tree:
+            self._coming = self._actors[0].listen.remote()
         self._watch = Watch(self.ray, self._everyone, self.config.cluster.silence, self._linger, self.say)
 
     def _everyone(self) -> list[Any]:
@@ -114,6 +153,9 @@ class Aggregation:
         for actor in self._everyone():
             self.ray.kill(actor)
         self._actors.clear()
+        if self._line is not None:
+            self._line.close()
+        self._line = self._coming = self._published = None
         self._combiners.clear()
         self._there.clear()
         self._acks.clear()
@@ -158,6 +200,65 @@ class Aggregation:
         kept = all([r.step for r in one.reports if r.step >= first] == list(range(first, step)) for one in found)
         return step > first and kept and not missed
 
+    # --- θ -------------------------------------------------------------------
+
+    @property
+    def broadcast(self) -> tuple[Any, ...]:
+        """References to θ_t, a piece each."""
+        if not self._broadcast:
+            self._rest()
+            self._broadcast = tuple(actor.broadcast.remote() for actor in self._actors)
+        return self._broadcast
+
+    @property
+    def lined(self) -> bool:
+        """Whether there is a line to the only aggregator. Raises AggregatorLost."""
+        if self._coming is not None:
+            coming, self._coming = self._coming, None
+            address: Address | None = self._heard(lambda: self.ray.get(coming))
+            self._line = Line.to(self.ray, self._actors[0], address)
+        return self._line is not None
+
+    @property
+    def published(self) -> Published:
+        """θ_t in shared memory; waits until it is there. Raises AggregatorLost."""
+        if self._published is None:
+            self._published = self._by_line("publish")
+        return self._published()
+
+    def values(self) -> list[np.ndarray]:
+        """θ_t and state, a flat buffer of each piece. Raises AggregatorLost."""
+        if self._published is not None:
+            try:
+                _, values = self._spaces.read(self.published.values)
+            except Gone as error:
+                raise AggregatorLost(f"the aggregator was lost: {error}") from error
+            return [np.array(values)]
+        return [found.values for found in self._heard(lambda: self.ray.get(list(self.broadcast)))]
+
+    def _by_line(self, method: str, *arguments: Any) -> Callable[[], Any]:
+        """Call the aggregator; calling what is returned waits for its answer, and gives it again."""
+        line = self._line
+        assert line is not None, "there is a line"
+        ticket = line.call(method, *arguments)
+        return cache(lambda: self._heard(lambda: line.answer(ticket)))
+
+    def _rest(self) -> None:
+        """Calls by Ray come after those by the line."""
+        if self._line is not None:
+            self._heard(self._line.settle)
+
+    def _heard(self, answer: Callable[[], Any]) -> Any:
+        """What an aggregator answers; a dead one is AggregatorLost."""
+        from ray.exceptions import RayError
+
+        try:
+            return answer()
+        except Broken as error:
+            raise AggregatorLost(f"the aggregator was lost: {error}") from error
+        except RayError as error:
+            raise aggregator_lost(error) from error
+
     # --- a step --------------------------------------------------------------
 
     def add(self, step: int, attempt: int, receipt: Receipt, sums: Sequence[Any], node: str) -> None:
@@ -174,6 +275,10 @@ class Aggregation:
         self, step: int, attempt: int, shards: Collection[int], seals: Sequence[int], sums: Sequence[Any]
     ) -> None:
         # Calls from one driver to one actor run in order, so these are counted before `apply`.
+        if self._line is not None and isinstance(sums[0], Shared):
+            self._line.tell("add_here", step, attempt, shards, sums[0], seals[0])
+            return
+        self._rest()
         for actor, one, seal in zip(self._actors, sums, seals, strict=True):
             self._acks.append(actor.add.remote(step, attempt, shards, one, seal))
 
@@ -207,13 +312,21 @@ class Aggregation:
 
     def redo(self, step: int, attempt: int, exceeding: Iterable[int]) -> None:
         """Begin the step again with coarser exponents."""
-        self.broadcast = tuple(actor.redo.remote(step, attempt, sorted(exceeding)) for actor in self._actors)
+        again = step, attempt, sorted(exceeding)
+        if self._published is not None:
+            self._published, self._broadcast = self._by_line("redo_here", *again), ()
+        else:
+            self._broadcast = tuple(actor.redo.remote(*again) for actor in self._actors)
 
     def apply(self, step: int) -> Later:
         """Take the outer step; its report may be waited for. Where it says that shards are missing, none was taken."""
+        if self._published is not None:
+            both = self._by_line("apply_here", step)
+            self._published, self._broadcast = (lambda: both()[1]), ()
+            return lambda: both()[0]
         squares = [actor.squares.remote(step) for actor in self._actors] if len(self._actors) > 1 else []
         applied = [actor.apply.options(num_returns=2).remote(step, *squares) for actor in self._actors]
-        self.broadcast = tuple(broadcast for _, broadcast in applied)
+        self._broadcast = tuple(broadcast for _, broadcast in applied)
         acks, self._acks = self._acks, []
 
         def later() -> Report:
@@ -234,6 +347,7 @@ class Aggregation:
 
     def snapshot(self) -> Callable[[], Snapshot]:
         """The state between two steps; calling what is returned waits for it."""
+        self._rest()
         taken = [actor.snapshot.remote() for actor in self._actors]
 
         def later() -> Snapshot:

@@ -81,7 +81,7 @@ class Asynchronous:
             if call is not None:
                 step, number = divmod(call.number, self.config.lanes)
                 shard = Shard(step, call.id, number)
-                self.pool.expect(self.pool.actors[name].sums.remote(self._theta, step, number), name, (shard,))
+                self.pool.expect(self.pool.actor(name).sums.remote(self._theta, step, number), name, (shard,))
                 self._under_way[shard] = name, call
 
     def _take_in(self, came: Came) -> None:

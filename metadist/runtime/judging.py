@@ -24,7 +24,7 @@ def judge(
         for name, items in dispatcher.assign():
             for item in items:
                 assert isinstance(item, Judgement), "nothing else is open"
-                coming = pool.actors[name].judge.remote(shared, judged, split, item.first, item.tasks)
+                coming = pool.actor(name).judge.remote(shared, judged, split, item.first, item.tasks)
                 pool.expect(coming, name, (item,))
         for came in pool.events():
             (item, *_) = came.items

@@ -87,12 +87,16 @@ class OnRay:
         self._hand_out()
 
     def _hand_out(self) -> None:
+        here = not self._lanes.states and self.pool.lined and self._sums.lined
         for name, items in self.pool.dispatcher.assign():
             step, attempt, _ = items[0]
             shards = [item.shard for item in items if isinstance(item, Shard)]
+            if here:
+                self.pool.call(name, items, "compute_here", self._sums.published, step, attempt, shards)
+                continue
             first, *others = self._sums.broadcast
             lanes = self._lanes.of(shards)
-            compute = self.pool.actors[name].compute.options(num_returns=2 + len(others) + len(lanes))
+            compute = self.pool.actor(name).compute.options(num_returns=2 + len(others) + len(lanes))
             receipt, *sent = compute.remote(first, step, attempt, shards, *others, *lanes)
             self.pool.expect(receipt, name, items, sent)
 
@@ -244,12 +248,7 @@ class OnRay:
 
     def _current(self) -> np.ndarray:
         """θ and state as they are now, one flat buffer."""
-        from ray.exceptions import RayError
-
-        try:
-            parts = [broadcast.values for broadcast in self.ray.get(list(self._sums.broadcast))]
-        except RayError as error:
-            raise aggregator_lost(error) from error
+        parts = self._sums.values()
         return assembled(self._sums.pieces, parts, sum(part.size for part in parts))
 
     @property

@@ -4,19 +4,26 @@ What is asked, and what becomes of the answers, is the strategy's (`on_ray.py`, 
 """
 
 import math
+import os
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from multiprocessing import connection
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
 
 from metadist.config import Config
 from metadist.engine.fingerprint import differences
 from metadist.errors import ClusterError, MetadistError
 from metadist.runtime import worker
+from metadist.runtime.aggregator import Broadcast
 from metadist.runtime.cluster import first_line, free, reserved, room
 from metadist.runtime.dispatcher import Dispatcher
+from metadist.runtime.line import Address, Line, Reached
 from metadist.runtime.runtime import AggregatorLost, Say
+from metadist.runtime.sharing import Outbox, Shared, Spaces
 from metadist.runtime.timeline import Timeline
 from metadist.runtime.worker import Floats, Introduction, Receipt
 from metadist.spans import now
@@ -27,6 +34,9 @@ WAITING = 10.0
 
 LONGEST = 60.0
 """Seconds that an open call holds up the account of where the time went."""
+
+LOOKS = 0.2
+"""Seconds between two looks at what comes by Ray, while answers come by lines."""
 
 MOST_DEATHS_IN_A_ROW = 5
 """Workers that may die one after the other before any of them finishes anything."""
@@ -51,6 +61,15 @@ class Judgement(NamedTuple):
 Item = Shard | Judgement
 
 
+class Published(NamedTuple):
+    """A `Broadcast` whose values lie in shared memory, with the step in the head."""
+
+    step: int
+    attempt: int
+    values: Shared
+    exponents: np.ndarray
+
+
 class Asked(NamedTuple):
     """A call that a worker has not answered yet; sent: what of its results does not come here; at: since when."""
 
@@ -69,14 +88,31 @@ class Came(NamedTuple):
     sent: Sequence[Any]
 
 
-class Worker(worker.Worker):
+class Worker(Reached, worker.Worker):
     """As an actor. Ray Client calls nothing but methods of the actor's class."""
 
-    def introduced(self) -> tuple[Introduction, str]:
-        """Who it is, and the node it runs on."""
+    def introduced(self) -> tuple[Introduction, str, Address | None]:
+        """Who it is, the node it runs on, and where a line to it begins."""
         import ray
 
-        return self.introduce(), ray.get_runtime_context().get_node_id()
+        self._spaces, self._outbox = Spaces(), Outbox()
+        return self.introduce(), ray.get_runtime_context().get_node_id(), self.listen()
+
+    def compute_here(
+        self, published: Published, step: int, attempt: int, shards: Sequence[int]
+    ) -> tuple[Receipt, Shared | None]:
+        """The same as `compute`, from θ in memory that is shared, into memory that is."""
+        late = Receipt(os.getpid(), (), (), (), False, ())
+        head, values = self._spaces.read(published.values)
+        try:
+            receipt, q = self.compute(Broadcast(*published[:2], values, published.exponents), step, attempt, shards)
+        except Exception:
+            if head[0] != published.step:
+                return late, None
+            raise
+        if head[0] != published.step:  # one that was stopped for two steps; nobody waits for its answer
+            return late, None
+        return receipt, self._outbox.put(step, q) if receipt.summed else None
 
 
 class Pool:
@@ -99,6 +135,9 @@ class Pool:
         self.dispatcher: Dispatcher[Item] = Dispatcher(config.cluster.backup, near=near)
         self.actors: dict[str, Any] = {}
         self.asked: dict[Any, Asked] = {}
+        self.lines: dict[str, Line] = {}
+        self._told: dict[tuple[str, int], Asked] = {}
+        self._looked = 0.0
         self.pids: dict[str, int] = {}
         self.nodes: dict[str, str] = {}
         self.called: dict[str, str] = {}
@@ -119,6 +158,11 @@ class Pool:
     def size(self) -> int:
         """Workers that take part now."""
         return len(self.dispatcher.held)
+
+    @property
+    def lined(self) -> bool:
+        """Whether there is a line to every one of them."""
+        return bool(self.lines) and self.lines.keys() >= self.dispatcher.held.keys()
 
     def by_process(self, counts: Mapping[str, int]) -> dict[str, int]:
         """What is counted by worker, by the process that it was, the dead ones among them."""
@@ -199,7 +243,7 @@ class Pool:
                 f"cluster.timeout: no worker was ready within {timeout:g} s; {free(self.ray, self.config.cluster)}"
             )
 
-    def _arrived(self, name: str, introduction: Introduction, node: str) -> None:
+    def _arrived(self, name: str, introduction: Introduction, node: str, address: Address | None) -> None:
         """Admit a worker whose bits are the run's."""
         found = introduction.fingerprint | {"probe": introduction.probe}
         if not self.fingerprint:
@@ -215,6 +259,9 @@ class Pool:
         # Hosts have process ids of their own: two workers may have the same.
         here = introduction.host == socket.gethostname()
         self.called[name] = f"{introduction.pid}" if here else f"{introduction.pid}@{introduction.host}"
+        line = Line.to(self.ray, self.actors[name], address) if self.config.cluster.lines else None
+        if line is not None:
+            self.lines[name] = line
         self.dispatcher.join(name)
         self.timeline.join(self.called[name])
         if self._complete:
@@ -224,8 +271,14 @@ class Pool:
     def _dismiss(self, name: str) -> None:
         actor = self.actors.pop(name, None)
         if actor is not None:
+            self._cut(name)
             self.ray.kill(actor)
             self._leave_place(name)
+
+    def _cut(self, name: str) -> None:
+        """Its line ends, if there is one."""
+        if name in self.lines:
+            self.lines.pop(name).close()
 
     def _leave_place(self, name: str) -> None:
         if name in self._place_of:
@@ -236,10 +289,12 @@ class Pool:
         if name not in self.actors:
             return
         del self.actors[name]
+        self._cut(name)
         self._leave_place(name)
         self.timeline.leave(self.called.get(name, name))
         again = self._leave(name)
         self.asked = {ref: asked for ref, asked in self.asked.items() if asked.worker != name}
+        self._told = {ticket: asked for ticket, asked in self._told.items() if asked.worker != name}
         self._deaths += 1
         if self._deaths >= MOST_DEATHS_IN_A_ROW:
             raise self._too_large() or ClusterError(
@@ -266,30 +321,78 @@ class Pool:
 
     # --- calls and answers ---------------------------------------------------
 
+    def actor(self, name: str) -> Any:
+        """For a call by Ray."""
+        if name in self.lines:
+            self.lines[name].rest()
+        return self.actors[name]
+
     def expect(self, ref: Any, worker: str, items: tuple[Item, ...], sent: Sequence[Any] = ()) -> None:
-        """A worker was called; its answer will come in by `events`."""
+        """A worker was called by Ray; its answer will come in by `events`."""
         self.asked[ref] = Asked(worker, items, sent, now())
+
+    def call(self, worker: str, items: tuple[Item, ...], method: str, *arguments: Any) -> None:
+        """Call a worker by its line; the method answers with a value and what does not come here, or None."""
+        self._told[worker, self.lines[worker].call(method, *arguments)] = Asked(worker, items, (), now())
 
     def _mark(self) -> float:
         """By then everything that was asked is answered."""
-        return max(now() - LONGEST, min((asked.at for asked in self.asked.values()), default=now()))
+        asked = [*self.asked.values(), *self._told.values()]
+        return max(now() - LONGEST, min((one.at for one in asked), default=now()))
 
     def forget(self) -> None:
         """Whatever is open or asked for: no answer to it counts."""
         self.dispatcher.drop()
         self.dispatcher.free()
         self.asked.clear()
+        self._told.clear()
 
     def events(self) -> list[Came]:
         """Answers that came in, after a second at most; workers that came and went are seen to."""
-        from ray.exceptions import RayError, RayTaskError
-
         waiting = [*self.asked, *self._arriving]
-        if not waiting:
+        if not waiting and not self._told:
             raise ClusterError("no worker is left: each one was refused, because its bits differ from the run's")
         self._expect_a_worker()
         patience = min(1.0, self.dispatcher.wait())
-        ready, _ = self.ray.wait(waiting, num_returns=1, timeout=patience, fetch_local=True)
+        if not self._told:
+            return self._from_ray(waiting, patience)
+        patience = min(LOOKS, patience)
+        came = self._from_lines(0.0 if self.asked else patience)
+        if waiting and not came and (self.asked or now() > self._looked + LOOKS):
+            came = self._from_ray(waiting, patience if self.asked else 0.0)
+        return came
+
+    def _from_lines(self, patience: float) -> list[Came]:
+        """Answers by lines. A broken one is the death of a worker."""
+        from ray.exceptions import RayTaskError
+
+        names = {line.connection: name for name, line in self.lines.items()}
+        came = []
+        for ready in connection.wait(list(names), patience):
+            name = names[ready]  # type: ignore[index]
+            if name not in self.lines:
+                continue  # it was lost while we looked at another answer
+            line = self.lines[name]
+            try:
+                answers = line.answers()
+            except (EOFError, OSError):
+                error = line.why()
+                if isinstance(error, RayTaskError):
+                    self._failed(name, error)
+                self._lost(name, first_line(error))
+                continue
+            for ticket, (value, sent) in answers.items():
+                asked = self._told.pop((name, ticket), None)
+                if asked is not None:
+                    came.append(self._came(asked._replace(sent=() if sent is None else (sent,)), value))
+        return came
+
+    def _from_ray(self, waiting: Sequence[Any], patience: float) -> list[Came]:
+        """Answers by Ray, and workers that arrive."""
+        from ray.exceptions import RayError, RayTaskError
+
+        self._looked = now()
+        ready, _ = self.ray.wait(list(waiting), num_returns=1, timeout=patience, fetch_local=True)
         came = []
         for ref in ready:
             asked, arriving = self.asked.pop(ref, None), self._arriving.pop(ref, None)
@@ -299,21 +402,30 @@ class Pool:
             try:
                 value = self.ray.get(ref)
             except RayTaskError as error:
-                if isinstance(error.cause, MetadistError):
-                    raise error.cause from error
-                if isinstance(error.cause, RayError):  # θ_t or a lane, its arguments
-                    what = f"what a worker was to compute from is lost with its process: {first_line(error.cause)}"
-                    raise AggregatorLost(what) from error
-                with concerning(self.places.get(name, name)):
-                    raise
+                self._failed(name, error)
             except RayError as error:  # the worker died; or its answer did, with its node, or never fitted the memory
                 self._lost(name, first_line(error))
                 continue
             if asked is None:
                 self._arrived(name, *value)
             else:
-                came.append(Came(name, asked.items, value, asked.sent))
-                if isinstance(value, Receipt | Floats):
-                    self.timeline.call(self.called[name], asked.at, value.spans, now())
-                self._deaths = 0
+                came.append(self._came(asked, value))
         return came
+
+    def _came(self, asked: Asked, value: Any) -> Came:
+        if isinstance(value, Receipt | Floats):
+            self.timeline.call(self.called[asked.worker], asked.at, value.spans, now())
+        self._deaths = 0
+        return Came(asked.worker, asked.items, value, asked.sent)
+
+    def _failed(self, name: str, error: Any) -> NoReturn:
+        """A worker lives, and what it was called for failed."""
+        from ray.exceptions import RayError
+
+        if isinstance(error.cause, MetadistError):
+            raise error.cause from error
+        if isinstance(error.cause, RayError):  # θ_t or a lane, its arguments
+            what = f"what a worker was to compute from is lost with its process: {first_line(error.cause)}"
+            raise AggregatorLost(what) from error
+        with concerning(self.places.get(name, name)):
+            raise error

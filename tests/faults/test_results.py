@@ -32,8 +32,8 @@ def test_results_that_come_twice_late_and_in_any_order(
 
     arrived = Pool._arrived
 
-    def elsewhere(self: Pool, name: str, introduction: Any, node: str) -> None:
-        arrived(self, name, introduction._replace(host=f"host-{name[-1]}", pid=118), node)
+    def elsewhere(self: Pool, name: str, introduction: Any, *place: Any) -> None:
+        arrived(self, name, introduction._replace(host=f"host-{name[-1]}", pid=118), *place)
 
     real, drawn = Pool.events, random.Random(0)
     old: list[Any] = []
@@ -64,6 +64,7 @@ def test_results_that_come_twice_late_and_in_any_order(
 
 WAYS = {
     "flat": (),
+    "by Ray": ("cluster.lines=false",),
     "tree": ("cluster.sums=tree",),
     "pieces": ("cluster.aggregators=2",),
     "payloads": ("outer.compression=int8",),
@@ -76,6 +77,7 @@ def test_a_damaged_sum_is_never_counted(
 ) -> None:
     """One bit, on its way from a worker to the aggregator: what is missing then is computed again, and no step is."""
     from metadist.runtime.on_ray import OnRay
+    from metadist.runtime.sharing import Shared, Spaces
 
     real = OnRay._take
     damaged: list[int] = []
@@ -84,9 +86,10 @@ def test_a_damaged_sum_is_never_counted(
         if step in (6, 9) and step not in damaged and came.value.summed:
             damaged.append(step)
             sent, piece = list(came.sent), 0 if step == 9 else len(self._sums.pieces) - 1
-            changed = self.ray.get(sent[piece]).copy()
+            here = isinstance(sent[piece], Shared)
+            changed = Spaces().read(sent[piece])[1] if here else self.ray.get(sent[piece]).copy()
             changed[5] ^= 1 << (33 if changed.dtype == "int64" else 3)
-            sent[piece] = self.ray.put(changed)
+            sent[piece] = sent[piece] if here else self.ray.put(changed)
             came = came._replace(sent=sent)
         real(self, step, came)
 

@@ -30,6 +30,13 @@ def on_cluster(tiny: Make, cluster: Any) -> Make:
     return make
 
 
+def test_by_ray_alone(on_cluster: Make, tiny_run: Any, tmp_path: Path) -> None:
+    """Without lines."""
+    result = train(on_cluster(2, "cluster.lines=false"), "tiny", tmp_path / "run").result
+    assert result["theta_sha256"] == tiny_run.result["theta_sha256"]
+    assert result["test"] == tiny_run.result["test"]
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_any_number_of_workers(workers: int, on_cluster: Make, tiny_run: Any, tmp_path: Path) -> None:
     result = train(on_cluster(workers), "tiny", tmp_path / "run").result
@@ -111,7 +118,7 @@ def test_a_call_of_which_one_shard_is_unusable(
             bad, *rest = came.items
             changed.append(bad)
             shards = [item.shard for item in rest]
-            compute = self.pool.actors[came.worker].compute.options(num_returns=2)
+            compute = self.pool.actor(came.worker).compute.options(num_returns=2)
             receipt, q = compute.remote(self._sums.broadcast[0], 3, 0, shards)
             came = came._replace(value=self.ray.get(receipt)._replace(not_finite=(bad.shard,)), sent=[q])
         real(self, step, came)
@@ -229,9 +236,9 @@ def test_a_worker_with_other_bits_than_its_run_is_refused(on_cluster: Make, monk
 
     real, arrived, said = Pool._arrived, [], []
 
-    def other(self: Pool, name: str, introduction: Any, node: str) -> None:
+    def other(self: Pool, name: str, introduction: Any, *place: Any) -> None:
         arrived.append(name)
-        real(self, name, introduction._replace(probe="0" * 64) if len(arrived) == 2 else introduction, node)
+        real(self, name, introduction._replace(probe="0" * 64) if len(arrived) == 2 else introduction, *place)
 
     monkeypatch.setattr(Pool, "_arrived", other)
     config = resolve(on_cluster(2))
