@@ -8,6 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import connection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,20 +18,26 @@ from metadist.config import Config, load, resolve
 from metadist.data.sources import prepare
 from metadist.engine.engine import Blueprint, Engine
 from metadist.runtime.aggregation import Aggregation
-from metadist.runtime.aggregator import sealed
+from metadist.runtime.aggregator import Broadcast, sealed
 from metadist.runtime.cluster import connect, disconnect
 from metadist.runtime.cut import assembled, cut, topology
+from metadist.runtime.line import Line, Reached
+from metadist.runtime.pool import Published
+from metadist.runtime.sharing import Outbox, Shared, Spaces
 from metadist.runtime.worker import Receipt
 
 WORKERS, TURNS, STEPS = 4, 5, 10
 
 WAYS: dict[str, dict[str, Any]] = {
     "flat": {},
+    "flat, by Ray alone": {"lines": False},
     "tree": {"sums": "tree"},
     "2 aggregators": {"aggregators": 2},
     "4 aggregators": {"aggregators": 4},
 }
 """Keys of `cluster`."""
+
+PLAIN = ("flat", "flat, by Ray alone")
 
 
 class Size(NamedTuple):
@@ -53,13 +60,22 @@ RECIPES = {"the quickstart": "quickstart", "the paper's recipe": "omniglot-maml-
 """Jobs whose steps have parameters of 0.5 MB; both computed on the embedded letters."""
 
 
-class Sender:
+class Sender(Reached):
     """A worker that has computed its shard already."""
 
     def __init__(self, config: Config, shape: tuple[int, ...]) -> None:
         self.blueprint = Blueprint(config, shape)
         self.pieces = cut(self.blueprint, topology(config.cluster, self.blueprint).aggregators)
         self.q = np.random.default_rng(0).integers(-(2**20), 2**20, self.blueprint.sums.total)
+        self._spaces, self._outbox = Spaces(), Outbox()
+
+    def compute_here(
+        self, published: Published, step: int, attempt: int, shards: Sequence[int]
+    ) -> tuple[Receipt, Shared]:
+        """The same by a line."""
+        _, values = self._spaces.read(published.values)
+        receipt, q = self.compute(step, *shards, Broadcast(step, attempt, values, published.exponents))
+        return receipt, self._outbox.put(step, q)
 
     def compute(self, step: int, shard: int, *broadcasts: Any) -> tuple[Any, ...]:
         """A receipt and the sums, once θ is there in one piece."""
@@ -81,26 +97,46 @@ class _Contender:
         actor = ray.remote(Sender).options(num_cpus=0)
         self.senders = [actor.remote(config, size.shape) for _ in range(WORKERS)]
         self.node = ray.get_runtime_context().get_node_id()
+        addresses = ray.get([sender.listen.remote() for sender in self.senders]) if self.sums.lined else []
+        lines = [Line.to(ray, *to) for to in zip(self.senders, addresses, strict=False)]
+        self.lines = [line for line in lines if line is not None]
         self.seconds()  # warm
 
     def seconds(self) -> float:
         """Of one meta-step, over some."""
         began = time.perf_counter()
         for step in range(self.step, self.step + self.steps):
-            results = 1 + len(self.sums.pieces)
-            sent = [
-                sender.compute.options(num_returns=results).remote(step, number, *self.sums.broadcast)
-                for number, sender in enumerate(self.senders)
-            ]
-            waiting = {receipt: sums for receipt, *sums in sent}
-            while waiting:
-                (receipt,), _ = self.ray.wait(list(waiting), num_returns=1)
-                self.sums.add(step, 0, self.ray.get(receipt), waiting.pop(receipt), self.node)
+            if self.lines:
+                self._by_lines(step)
+            else:
+                self._by_ray(step)
             lost, damaged = self.sums.gather(step, 0)
             report = self.sums.apply(step)()
             assert not lost | damaged | set(report.missing), "every sum arrives"
         self.step += self.steps
         return (time.perf_counter() - began) / self.steps
+
+    def _by_lines(self, step: int) -> None:
+        for number, line in enumerate(self.lines):
+            line.call("compute_here", self.sums.published, step, 0, (number,))
+        waiting = set(self.lines)
+        while waiting:
+            ready = connection.wait([line.connection for line in waiting])
+            for line in [line for line in waiting if line.connection in ready]:
+                for receipt, shared in line.answers().values():
+                    waiting.discard(line)
+                    self.sums.add(step, 0, receipt, (shared,), self.node)
+
+    def _by_ray(self, step: int) -> None:
+        results = 1 + len(self.sums.pieces)
+        sent = [
+            sender.compute.options(num_returns=results).remote(step, number, *self.sums.broadcast)
+            for number, sender in enumerate(self.senders)
+        ]
+        waiting = {receipt: sums for receipt, *sums in sent}
+        while waiting:
+            (receipt,), _ = self.ray.wait(list(waiting), num_returns=1)
+            self.sums.add(step, 0, self.ray.get(receipt), waiting.pop(receipt), self.node)
 
     def close(self) -> None:
         for sender in self.senders:
@@ -130,7 +166,7 @@ def rows(say: Callable[[str], None]) -> list[Row]:
     costs: dict[str, float] = {}
     try:
         for size in SIZES:
-            ways = WAYS if size.steps < STEPS or size.name == "0.5 MB" else {"flat": {}}
+            ways = WAYS if size.steps < STEPS or size.name == "0.5 MB" else {way: WAYS[way] for way in PLAIN}
             contenders = {way: _Contender(ray, size, keys, say) for way, keys in ways.items()}
             spent: dict[str, list[float]] = {way: [] for way in ways}
             for _ in range(TURNS):

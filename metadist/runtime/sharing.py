@@ -15,8 +15,8 @@ import numpy as np
 HEAD = 64
 """Bytes in front of the numbers: one int64 that says what is there; the numbers lie on a cache line."""
 
-KEPT = 64
-"""Spaces of others that a process has open; it closes the one it has not used for longest."""
+KEPT = 256
+"""Spaces of others that a process has open; beyond them it closes the one it has not used for longest."""
 
 
 class Shared(NamedTuple):
@@ -63,9 +63,12 @@ class Spaces:
         """Its head, int64 [1], and its numbers. Raises Gone."""
         key = shared[:3]
         if key not in self._open:
+            # The memory of the dead is given back when nobody has it open.
+            for dead in [one for one in self._open if not os.path.exists(f"/proc/{one[0]}")]:
+                del self._open[dead]
             self._open[key] = _mapped(shared)
-            while len(self._open) > KEPT:
-                self._open.popitem(last=False)  # its memory is given back when nobody reads it any more
+            if len(self._open) > KEPT:
+                self._open.popitem(last=False)
         self._open.move_to_end(key)
         there = self._open[key]
         return np.frombuffer(there, np.int64, 1), np.frombuffer(there, shared.dtype, shared.length, HEAD)
