@@ -22,8 +22,7 @@ from metadist.runtime.aggregator import Broadcast, sealed
 from metadist.runtime.cluster import connect, disconnect
 from metadist.runtime.cut import assembled, cut, topology
 from metadist.runtime.line import Line, Reached
-from metadist.runtime.pool import Published
-from metadist.runtime.sharing import Outbox, Shared, Spaces
+from metadist.runtime.sharing import Outbox, Published, Shared, Spaces
 from metadist.runtime.worker import Receipt
 
 WORKERS, TURNS, STEPS = 4, 5, 10

@@ -28,9 +28,8 @@ from metadist.runtime.cluster import first_line
 from metadist.runtime.combiner import Gathered
 from metadist.runtime.cut import cut, topology
 from metadist.runtime.line import Address, Broken, Line, Reached
-from metadist.runtime.pool import Published
 from metadist.runtime.runtime import AggregatorLost, Later, Say
-from metadist.runtime.sharing import Board, Gone, Outbox, Shared, Spaces
+from metadist.runtime.sharing import Board, Gone, Outbox, Published, Shared, Spaces
 from metadist.runtime.watch import Watch, Watched
 from metadist.runtime.worker import Receipt
 

@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any, NamedTuple, NoReturn
 
-import numpy as np
-
 from metadist.config import Config
 from metadist.engine.fingerprint import differences
 from metadist.errors import ClusterError, MetadistError
@@ -23,7 +21,7 @@ from metadist.runtime.cluster import first_line, free, reserved, room
 from metadist.runtime.dispatcher import Dispatcher
 from metadist.runtime.line import Address, Line, Reached
 from metadist.runtime.runtime import AggregatorLost, Say
-from metadist.runtime.sharing import Outbox, Shared, Spaces
+from metadist.runtime.sharing import Gone, Outbox, Published, Shared, Spaces
 from metadist.runtime.timeline import Timeline
 from metadist.runtime.worker import Floats, Introduction, Receipt
 from metadist.spans import now
@@ -61,15 +59,6 @@ class Judgement(NamedTuple):
 Item = Shard | Judgement
 
 
-class Published(NamedTuple):
-    """A `Broadcast` whose values lie in shared memory, with the step in the head."""
-
-    step: int
-    attempt: int
-    values: Shared
-    exponents: np.ndarray
-
-
 class Asked(NamedTuple):
     """A call that a worker has not answered yet; sent: what of its results does not come here; at: since when."""
 
@@ -103,7 +92,10 @@ class Worker(Reached, worker.Worker):
     ) -> tuple[Receipt, Shared | None]:
         """The same as `compute`, from θ in memory that is shared, into memory that is."""
         late = Receipt(os.getpid(), (), (), (), False, ())
-        head, values = self._spaces.read(published.values)
+        try:
+            head, values = self._spaces.read(published.values)
+        except Gone:  # the aggregator
+            return late, None
         try:
             receipt, q = self.compute(Broadcast(*published[:2], values, published.exponents), step, attempt, shards)
         except Exception:

@@ -30,6 +30,15 @@ class Shared(NamedTuple):
     length: int
 
 
+class Published(NamedTuple):
+    """What a worker needs for the shards of one step (`Broadcast`): the values' head is the step."""
+
+    step: int
+    attempt: int
+    values: Shared
+    exponents: np.ndarray
+
+
 class Gone(Exception):
     """Its owner has ended, or is not to be seen from here."""
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import threading
 import time
@@ -28,6 +29,28 @@ def on_cluster(tiny: Make, cluster: Any) -> Make:
         return tiny(f"cluster.workers={workers}", f"cluster.address={cluster.address}", *overrides)
 
     return make
+
+
+def test_now_by_lines_now_by_ray(
+    on_cluster: Make, tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls and sums of one step go either way, as where a worker on another machine comes and goes."""
+    from metadist.runtime.pool import Pool
+
+    drawn, ways, real = random.Random(0), list[bool](), Pool.lined
+    assert real.fget is not None
+
+    def some(self: Pool) -> bool:
+        assert real.fget(self), "one machine: there are lines"
+        ways.append(drawn.random() < 0.5)
+        return ways[-1]
+
+    monkeypatch.setattr(Pool, "lined", property(some))
+    result = train(on_cluster(2), "tiny", tmp_path / "run").result
+    assert {True, False} == set(ways)
+    assert result["theta_sha256"] == tiny_run.result["theta_sha256"]
+    assert result["duplicates_dropped"] == result["shards_recomputed"] == 0
+    assert sum(result["shards_by_worker"].values()) == 12 * 4
 
 
 def test_by_ray_alone(on_cluster: Make, tiny_run: Any, tmp_path: Path) -> None:
