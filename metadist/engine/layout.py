@@ -4,6 +4,9 @@ import hashlib
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +22,25 @@ def blocks(size: int, start: int = 0) -> Iterator[slice]:
     return (slice(first, min(first + BLOCK, start + size)) for first in range(start, start + size, BLOCK))
 
 
+class Run(NamedTuple):
+    """Neighbours in the flat buffer that are worked on together: small tensors, of one block, or a single large one.
+
+    first: index of the first of them; at: where they lie in the buffer; parts: each, from the run's start on.
+    """
+
+    first: int
+    at: slice
+    parts: tuple[slice, ...]
+
+    @property
+    def size(self) -> int:
+        return int(self.at.stop - self.at.start)
+
+    def blocks(self) -> Iterator[slice]:
+        """Of the flat buffer."""
+        return blocks(self.size, self.at.start)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Names in order, with their shapes; `offsets` are element positions in the flat buffer."""
@@ -31,13 +53,26 @@ class Layout:
         names = tuple(sorted(tensors))
         return cls(names, tuple(tuple(tensors[name].shape) for name in names))
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         return tuple(math.prod(shape) for shape in self.shapes)
 
-    @property
+    @cached_property
     def total(self) -> int:
         return sum(self.sizes)
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """All tensors, in name order: what is done to many small ones at once costs as much as to one of them."""
+        ends = list(accumulate(self.sizes, initial=0))
+        found, first = [], 0
+        for index in range(1, len(self.sizes) + 1):
+            if index == len(self.sizes) or ends[index + 1] - ends[first] > BLOCK:
+                start = ends[first]
+                parts = tuple(slice(ends[i] - start, ends[i + 1] - start) for i in range(first, index))
+                found.append(Run(first, slice(start, ends[index]), parts))
+                first = index
+        return tuple(found)
 
     def only(self, names: Collection[str]) -> "Layout":
         """Those of the tensors that are named."""
