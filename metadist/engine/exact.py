@@ -153,12 +153,7 @@ def rounded(layout: Layout, tensors: Mapping[str, Tensor], scale: Tensor) -> Rou
 
 def dequantise(layout: Layout, total: np.ndarray, exponents: np.ndarray, parts: int = 1) -> Tensor:
     """The sum, or the mean over so many, float64 [total]."""
-    mean = torch.empty(layout.total, dtype=torch.float64)
-    of_block = Means(layout, total).over(exponents, parts)
-    for run in layout.runs:
-        for block in run.blocks():
-            mean[block] = of_block(run, block)
-    return mean
+    return Means(layout, total).whole(exponents, parts)
 
 
 class Means:
@@ -189,32 +184,36 @@ class Means:
             for part, factor in zip(run.parts, by[run.first :], strict=False):
                 here = mean[part]
                 scaled(here, factor, out=here)
-            _note_extremes(run, q, self._high, self._low)
+            self._note(run, q)
             return self._tensor[: len(q)]
 
         return read
 
+    def whole(self, exponents: np.ndarray, parts: int) -> Tensor:
+        """All of it, float64 [total]."""
+        mean, read = torch.empty(self._layout.total, dtype=torch.float64), self.over(exponents, parts)
+        for run in self._layout.runs:
+            for block in run.blocks():
+                mean[block] = read(run, block)
+        return mean
+
     @property
     def largest(self) -> list[int | None]:
-        return _magnitudes(self._layout, self._high, self._low)
+        # Python integers: the magnitude of the most negative int64 is no int64.
+        each = zip(self._layout.sizes, self._high.tolist(), self._low.tolist(), strict=True)
+        return [max(high, -low) if size else None for size, high, low in each]
+
+    def _note(self, run: Run, q: np.ndarray) -> None:
+        """The extremes of a block, while it is in the cache."""
+        some = [index for index, part in enumerate(run.parts) if part.stop > part.start]
+        starts = [run.parts[index].start for index in some]
+        for reduce, found in ((np.maximum, self._high), (np.minimum, self._low)):
+            here = found[run.first : run.first + len(run.parts)]
+            here[some] = reduce(here[some], reduce.reduceat(q, starts))
 
 
-def next_exponents(layout: Layout, total: np.ndarray, exponents: np.ndarray) -> np.ndarray:
-    """Exponents of the next step, from this step's sum: its largest element comes to 2^45."""
-    return exponents_after(exponents, magnitudes(layout, total))
-
-
-def magnitudes(layout: Layout, total: np.ndarray) -> list[int | None]:
-    """The greatest in every tensor of a sum, None of a tensor without elements."""
-    high, low = np.zeros((2, len(layout.names)), dtype=np.int64)
-    for run in layout.runs:
-        for block in run.blocks():
-            _note_extremes(run, total[block], high, low)
-    return _magnitudes(layout, high, low)
-
-
-def exponents_after(exponents: np.ndarray, largest: Iterable[int | None]) -> np.ndarray:
-    """Exponents of the step after one whose sums' greatest magnitudes are these.
+def next_exponents(exponents: np.ndarray, largest: Iterable[int | None]) -> np.ndarray:
+    """Exponents of the next step, from each tensor's `largest` in this step's sum: it comes to 2^45.
 
     A tensor whose sum is zero was zero, or too small for its exponent: it becomes finer.
     """
@@ -226,18 +225,3 @@ def exponents_after(exponents: np.ndarray, largest: Iterable[int | None]) -> np.
             result[index] = max(result[index], min(result[index] + FINER_BITS, FINEST))
     np.clip(result, LOWEST, HIGHEST, out=result)
     return result
-
-
-def _note_extremes(run: Run, q: np.ndarray, high: np.ndarray, low: np.ndarray) -> None:
-    """Of a block of a run, in `high` and `low`, which begin as zeros [tensors]."""
-    some = [index for index, part in enumerate(run.parts) if part.stop > part.start]
-    starts = [run.parts[index].start for index in some]
-    for reduce, found in ((np.maximum, high), (np.minimum, low)):
-        here = found[run.first : run.first + len(run.parts)]
-        here[some] = reduce(here[some], reduce.reduceat(q, starts))
-
-
-def _magnitudes(layout: Layout, high: np.ndarray, low: np.ndarray) -> list[int | None]:
-    # Python integers: the magnitude of the most negative int64 is no int64.
-    each = zip(layout.sizes, high.tolist(), low.tolist(), strict=True)
-    return [max(above, -below) if size else None for size, above, below in each]

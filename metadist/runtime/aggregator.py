@@ -5,7 +5,7 @@ A plain class. It runs in the driver's process or, unchanged, as a Ray actor.
 
 import zlib
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from metadist.config import Config, Staged
 from metadist.engine.device import one_thread
 from metadist.engine.engine import Blueprint, Lane
-from metadist.engine.exact import Means, coarser, dequantise, exponents_after, first_exponents, magnitudes, quantise
+from metadist.engine.exact import Means, coarser, first_exponents, next_exponents, quantise
 from metadist.engine.layout import Layout, Run, blocks
 from metadist.engine.outer import Gradient, OuterStep, learning_rate, moved_state, norm_of
 from metadist.runtime.cut import Piece, cut, gathered_exponents
@@ -146,8 +146,9 @@ class Aggregator:
         self.outer = OuterStep(config.outer, {name: values[name] for name in self.piece.theta}, self.keys.at)
         # In name order the gradient comes first among the sums, and the rest is small.
         self._tensors, self._elements = len(self.outer.layout.names), self.outer.layout.total
-        self._means = Means(self.outer.layout, self.total[: self._elements])
         self._rest = Layout(self.piece.sums.names[self._tensors :], self.piece.sums.shapes[self._tensors :])
+        self._gradients = Means(self.outer.layout, self.total[: self._elements])
+        self._means = Means(self._rest, self.total[self._elements :])
         self.reports: deque[Report] = deque(maxlen=REPORTS)
         if snapshot is not None:
             self.outer.remember({name: torch.from_numpy(np.array(value)) for name, value in snapshot.memory.items()})
@@ -244,11 +245,9 @@ class Aggregator:
             nan = float("nan")
             return Report(step, nan, nan, nan, 0.0, True, missing, self.duplicates), self.broadcast()
         (gradient, own), duplicates, received = self._taken(), self.duplicates, self.bytes
-        rest, exponents = self.total[self._elements :], self.exponents[self._tensors :]
-        means = self._rest.split(dequantise(self._rest, rest, exponents, self.config.averaged))
-        largest = self._means.largest + magnitudes(self._rest, rest)
+        means = self._means.whole(self.exponents[self._tensors :], self.config.averaged)
+        self.exponents = next_exponents(self.exponents, self._gradients.largest + self._means.largest)
         report = self._move(gradient, whole or own, means)._replace(duplicates=duplicates, bytes=received)
-        self.exponents = exponents_after(self.exponents, largest)
         self.reports.append(report._replace(spans=()))
         return report, self.broadcast()
 
@@ -260,11 +259,11 @@ class Aggregator:
 
         with self.spans.of("outer step"), one_thread():
             squares = self.outer.take(gradient)
-        return self._move(gradient, squares, self._rest.split(mean[self._elements :]))
+        return self._move(gradient, squares, mean[self._elements :])
 
-    def _move(self, gradient: Gradient, squares: Sequence[float], means: Mapping[str, Tensor]) -> Report:
-        """Take the outer step by a gradient that is taken; squares: of all tensors of the run; means: of the rest."""
-        step, norm = self.step, norm_of(squares)
+    def _move(self, gradient: Gradient, squares: Sequence[float], rest: Tensor) -> Report:
+        """Take the outer step by a gradient that is taken; squares: of all pieces' tensors; rest: the other means."""
+        step, norm, means = self.step, norm_of(squares), self._rest.split(rest)
         with self.spans.of("outer step"), one_thread():
             self.outer.move(gradient, step, norm)
             statistics = {name: means[f"statistics.{name}"] for name in self.state}
@@ -296,7 +295,7 @@ class Aggregator:
         """The mean gradient of a complete sum, which the outer step has taken, and its squares; once."""
         if self._gradient is None:
             with self.spans.of("outer step"), one_thread():
-                gradient = self._means.over(self.exponents[: self._tensors], self.config.averaged)
+                gradient = self._gradients.over(self.exponents[: self._tensors], self.config.averaged)
                 self._gradient = gradient, self.outer.take(gradient)
         return self._gradient
 

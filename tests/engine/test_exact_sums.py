@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from metadist.engine.exact import (
@@ -16,7 +16,9 @@ from metadist.engine.exact import (
     HEADROOM_BITS,
     HIGHEST,
     LOWEST,
+    SMALL,
     TARGET_BITS,
+    Means,
     coarser,
     dequantise,
     first_exponents,
@@ -39,6 +41,12 @@ LAYOUT = Layout.of(tensors_of([0.0] * 6))
 def parts_of(rows, exponents=None):
     exponents = first_exponents(LAYOUT) if exponents is None else exponents
     return [quantise(LAYOUT, tensors_of(row), exponents, len(rows)) for row in rows]
+
+
+def exponents_after(layout, total, exponents):
+    means = Means(layout, total)
+    means.whole(exponents, 1)
+    return next_exponents(exponents, means.largest)
 
 
 def tree(values, rng):
@@ -98,7 +106,7 @@ def test_the_sum_is_accurate(values, magnitude):
             exponents = coarser(exponents, {index for part in parts for index in part.exceeding})
             continue
         total = sum(part.q for part in parts)
-        settled, exponents = exponents, next_exponents(LAYOUT, total, exponents)
+        settled, exponents = exponents, exponents_after(LAYOUT, total, exponents)
         if np.array_equal(settled, exponents):
             break
     found = LAYOUT.split(dequantise(LAYOUT, total, settled))
@@ -119,7 +127,7 @@ def test_a_tensor_too_small_for_its_first_exponent_is_resolved_in_the_end():
     exponents = first_exponents(LAYOUT)
     for _ in range(10):
         (part,) = parts_of([[1.0, 1.0] + [2.0**-50] * 4], exponents)
-        exponents = next_exponents(LAYOUT, part.q, exponents)
+        exponents = exponents_after(LAYOUT, part.q, exponents)
     assert part.q.all()
 
 
@@ -130,7 +138,7 @@ def test_accuracy_of_a_gradient_like_sum():
     exponents = first_exponents(layout)
     for _ in range(2):
         total = sum(quantise(layout, {"w": v}, exponents, 2).q for v in values)
-        settled, exponents = exponents, next_exponents(layout, total, exponents)
+        settled, exponents = exponents, exponents_after(layout, total, exponents)
     expected = values[0] + values[1]
     assert (layout.split(dequantise(layout, total, settled))["w"] - expected).abs().max() <= 2.0**-44 * expected.max()
 
@@ -216,7 +224,7 @@ def test_a_part_that_is_too_large_fits_after_a_few_coarser_tries():
 @settings(deadline=None, max_examples=100)
 def test_next_exponents_bring_the_largest_element_to_its_target(x, y, exponent):
     total = np.array([x, y, 0, 0, 0, 0], dtype=np.int64)
-    found = next_exponents(LAYOUT, total, np.full(2, exponent))
+    found = exponents_after(LAYOUT, total, np.full(2, exponent))
     largest = max(abs(x), abs(y))
     finer = max(exponent, min(exponent + FINER_BITS, FINEST))
     assert found[1] == finer  # a tensor whose sum is zero was perhaps too small
@@ -229,20 +237,20 @@ def test_next_exponents_bring_the_largest_element_to_its_target(x, y, exponent):
 
 def test_exponents_stay_within_what_float64_can_scale():
     one = np.array([1, 0, 2**60, 0, 0, 0], dtype=np.int64)
-    assert next_exponents(LAYOUT, one, np.array([HIGHEST, LOWEST])).tolist() == [HIGHEST, LOWEST]
+    assert exponents_after(LAYOUT, one, np.array([HIGHEST, LOWEST])).tolist() == [HIGHEST, LOWEST]
     assert scales(LAYOUT, np.array([HIGHEST, LOWEST])).isfinite().all()
 
 
 def test_the_most_negative_integer_has_a_magnitude():
     total = np.array([-(2**63), 0, 0, 0, 0, 0], dtype=np.int64)
-    assert next_exponents(LAYOUT, total, np.full(2, 10))[0] == 10 + TARGET_BITS - 64
+    assert exponents_after(LAYOUT, total, np.full(2, 10))[0] == 10 + TARGET_BITS - 64
 
 
 def test_zero_tensors():
     parts = parts_of([[0.0] * 6] * 3)
     total = sum(part.q for part in parts)
     assert all(part.finite and part.fits for part in parts)
-    assert next_exponents(LAYOUT, total, first_exponents(LAYOUT)).tolist() == [FIRST_EXPONENT + FINER_BITS] * 2
+    assert exponents_after(LAYOUT, total, first_exponents(LAYOUT)).tolist() == [FIRST_EXPONENT + FINER_BITS] * 2
     assert not dequantise(LAYOUT, total, first_exponents(LAYOUT)).any()
 
 
@@ -273,3 +281,73 @@ def test_dequantising_block_by_block_is_dequantising_at_once():
     at_once = torch.from_numpy(total.astype(np.float64)) / scales(layout, exponents)
     assert torch.equal(dequantise(layout, total, exponents), at_once)
     assert torch.equal(dequantise(layout, total, exponents, 12), at_once / 12)
+
+
+def layout_of(sizes):
+    return Layout(tuple(f"{number:03}" for number in range(len(sizes))), tuple((size,) for size in sizes))
+
+
+def spread_out(layout, seed, least, most):
+    """Random numbers of every magnitude in between, some of them halfway between two integers, and zeros."""
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal(layout.total) * np.exp2(rng.uniform(least, most, layout.total))
+    values[rng.random(layout.total) < 0.2] = 0.0
+    halfway = rng.random(layout.total) < 0.2
+    values[halfway] = np.rint(values[halfway]) + 0.5
+    return torch.from_numpy(values)
+
+
+several_sizes = st.lists(st.sampled_from([0, 1, 2, 3, 31, 63, 64, 65, 127, 128, 129, 200]), min_size=1, max_size=8)
+
+
+@given(several_sizes, st.integers(0, 1000), st.sampled_from([30, 45, 48, 50, 56]), st.booleans())
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_quantising_block_by_block_is_quantising_at_once(small_blocks, sizes, seed, most, narrow):
+    layout, rng = layout_of(sizes), np.random.default_rng(seed)
+    exponents = rng.integers(-3, 4, len(sizes))
+    tensors = layout.split(spread_out(layout, seed, most - 60, most))
+    if narrow:
+        tensors = {name: value.float() for name, value in tensors.items()}
+    at_once = (layout.flatten(tensors).double() * scales(layout, exponents)).round().long().numpy()
+    part = quantise(layout, tensors, exponents, 1)
+    assert part.fits
+    assert part.q.tobytes() == at_once.tobytes()
+    there = np.full(layout.total, -1)
+    assert quantise(layout, tensors, exponents, 1, there).q is there
+    assert there.tobytes() == at_once.tobytes()
+
+
+@pytest.mark.parametrize("value", [SMALL, SMALL - 0.5, SMALL - 1.5, SMALL + 1, 0.5, 1.5, 2.5, 0.0, 2.0**61])
+def test_the_ends_of_what_is_rounded_by_an_addition(value):
+    for sign in (1, -1):
+        tensors = tensors_of([sign * value, 0.25, -0.5, 0.5, -1.5, -0.0])
+        expected = torch.cat([tensor.reshape(-1) for tensor in tensors.values()]).round().long().tolist()
+        assert quantise(LAYOUT, tensors, np.zeros(2, dtype=np.int64), 1).q.tolist() == expected
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e300])
+def test_what_does_not_fit_is_zero_in_given_memory_too(small_blocks, value):
+    layout = layout_of([200, 3])
+    for position in (0, 70, 199, 202):
+        flat = torch.ones(203).double()
+        flat[position] = value
+        there = np.full(203, -1)
+        part = quantise(layout, layout.split(flat), np.full(2, 40), 1, there)
+        assert (part.fits, part.finite) == (False, value == 1e300)
+        assert part.exceeding == ((position // 200,) if math.isfinite(value) else part.exceeding)
+        assert part.q is there
+        assert not there.any()
+
+
+@given(several_sizes, st.integers(0, 1000), st.sampled_from([1, 2, 3, 4, 7, 12, 32, 1000]), st.integers(1, 63))
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_means_and_magnitudes_block_by_block_are_those_at_once(small_blocks, sizes, seed, parts, bits):
+    layout, rng = layout_of(sizes), np.random.default_rng(seed)
+    total = rng.integers(-(2**bits), 2**bits, layout.total) >> rng.integers(0, 63, layout.total)
+    exponents = rng.integers(LOWEST, HIGHEST + 1, len(sizes))
+    means = Means(layout, total)
+    found = means.whole(exponents, parts)
+    plain = total.astype(np.float64) * np.repeat(np.ldexp(1.0, -exponents.astype(np.int32)), sizes) / parts
+    assert found.numpy().tobytes() == plain.tobytes()
+    each = np.split(total, np.cumsum(sizes)[:-1])
+    assert means.largest == [max(map(abs, one.tolist())) if len(one) else None for one in each]

@@ -35,6 +35,28 @@ def test_flatten_and_back():
     assert torch.equal(layout.flatten({"b.weight": TENSORS["b.weight"].T.contiguous().T, **TENSORS}), flat)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "runs"),
+    [
+        ([], []),
+        ([0], [(0, 1)]),
+        ([64], [(0, 1)]),
+        ([65], [(0, 1)]),
+        ([1, 2, 3], [(0, 3)]),
+        ([60, 4, 1, 63, 1], [(0, 2), (2, 2), (4, 1)]),
+        ([0, 65, 0, 1, 200, 64, 0, 1], [(0, 1), (1, 1), (2, 2), (4, 1), (5, 2), (7, 1)]),
+    ],
+)
+def test_runs_are_small_tensors_of_one_block_or_a_single_large_one(small_blocks, sizes, runs):
+    layout = Layout(tuple(f"{number}" for number in range(len(sizes))), tuple((size,) for size in sizes))
+    assert [(run.first, len(run.parts)) for run in layout.runs] == runs
+    ends = np.cumsum(sizes)
+    parts = [(run.at.start + part.start, run.at.start + part.stop) for run in layout.runs for part in run.parts]
+    assert parts == [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    every = [index for run in layout.runs for block in run.blocks() for index in range(block.start, block.stop)]
+    assert every == list(range(layout.total))
+
+
 def test_split_is_views_and_unflatten_is_copies():
     layout = Layout.of(TENSORS)
     flat = layout.flatten(TENSORS)
