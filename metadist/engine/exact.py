@@ -11,7 +11,7 @@ coarser exponents for the tensors in which any of them did, once all parts have 
 so that this too depends on no order.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -108,13 +108,13 @@ def _rounded_into(q: np.ndarray, layout: Layout, tensors: Mapping[str, Tensor], 
     as_integers, rounding = scaled.numpy().view(np.int64), np.float64(ROUNDING).view(np.int64)
     whole, extremes = torch.from_numpy(q), [0.0]
     for run in layout.runs:
-        every = [tensors[name].detach().reshape(-1) for name in layout.names[run.first : run.first + len(run.parts)]]
+        every = [tensors[layout.names[index]].detach().reshape(-1) for index in run.tensors]
         values = every[0] if len(every) == 1 else torch.cat(every)
         for block in run.blocks():
             here = scaled[: block.stop - block.start]
             here.copy_(values[block.start - run.at.start : block.stop - run.at.start])
-            for part, factor in zip(run.parts, factors[run.first :], strict=False):
-                here[part].mul_(factor)
+            for index, part in zip(run.tensors, run.parts, strict=True):
+                here[part].mul_(factors[index])
             low, high = here.aminmax()
             extremes.append(max(float(high), -float(low)))
             if extremes[-1] <= SMALL:
@@ -159,14 +159,14 @@ def dequantise(layout: Layout, total: np.ndarray, exponents: np.ndarray, parts: 
 class Means:
     """A sum's mean, float64, block by block, each in the same memory; total: where the sum is, int64 [total].
 
-    largest: every tensor's greatest magnitude in what was read of the sum, None of a tensor without elements.
+    largest: every tensor's greatest magnitude in what was read of the sum.
     """
 
     def __init__(self, layout: Layout, total: np.ndarray) -> None:
         self._layout, self._total = layout, total
         self._mean: np.ndarray = np.empty(min(BLOCK, layout.total))
         self._tensor = torch.from_numpy(self._mean)
-        self._high, self._low = np.zeros((2, len(layout.names)), dtype=np.int64)
+        self.largest = [0] * len(layout.names)
 
     def over(self, exponents: np.ndarray, parts: int) -> Callable[[Run, slice], Tensor]:
         """How a block of a run is read: the next one overwrites it."""
@@ -175,16 +175,19 @@ class Means:
         divisors = np.ldexp(float(parts), exponents.astype(np.int32))
         exact = parts & (parts - 1) == 0
         scaled, by = (np.multiply, (1 / divisors).tolist()) if exact else (np.divide, divisors.tolist())
-        self._high[:] = self._low[:] = 0
+        self.largest = [0] * len(self.largest)
 
         def read(run: Run, block: slice) -> Tensor:
             q = self._total[block]
             mean = self._mean[: len(q)]
             np.copyto(mean, q)
-            for part, factor in zip(run.parts, by[run.first :], strict=False):
+            for index, part in zip(run.tensors, run.parts, strict=True):
                 here = mean[part]
-                scaled(here, factor, out=here)
-            self._note(run, q)
+                scaled(here, by[index], out=here)
+            # Python integers: the magnitude of the most negative int64 is no int64.
+            ends = (extreme.reduceat(q, run.starts).tolist() for extreme in (np.maximum, np.minimum))
+            for index, high, low in zip(run.tensors, *ends, strict=True):
+                self.largest[index] = max(self.largest[index], high, -low)
             return self._tensor[: len(q)]
 
         return read
@@ -197,31 +200,17 @@ class Means:
                 mean[block] = read(run, block)
         return mean
 
-    @property
-    def largest(self) -> list[int | None]:
-        # Python integers: the magnitude of the most negative int64 is no int64.
-        each = zip(self._layout.sizes, self._high.tolist(), self._low.tolist(), strict=True)
-        return [max(high, -low) if size else None for size, high, low in each]
 
-    def _note(self, run: Run, q: np.ndarray) -> None:
-        """The extremes of a block, while it is in the cache."""
-        some = [index for index, part in enumerate(run.parts) if part.stop > part.start]
-        starts = [run.parts[index].start for index in some]
-        for reduce, found in ((np.maximum, self._high), (np.minimum, self._low)):
-            here = found[run.first : run.first + len(run.parts)]
-            here[some] = reduce(here[some], reduce.reduceat(q, starts))
-
-
-def next_exponents(exponents: np.ndarray, largest: Iterable[int | None]) -> np.ndarray:
+def next_exponents(layout: Layout, exponents: np.ndarray, largest: Sequence[int]) -> np.ndarray:
     """Exponents of the next step, from each tensor's `largest` in this step's sum: it comes to 2^45.
 
     A tensor whose sum is zero was zero, or too small for its exponent: it becomes finer.
     """
     result = exponents.copy()
-    for index, one in enumerate(largest):
+    for index, (size, one) in enumerate(zip(layout.sizes, largest, strict=True)):
         if one:
             result[index] += TARGET_BITS - one.bit_length()
-        elif one is not None:
+        elif size:
             result[index] = max(result[index], min(result[index] + FINER_BITS, FINEST))
     np.clip(result, LOWEST, HIGHEST, out=result)
     return result

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -25,20 +25,17 @@ def blocks(size: int, start: int = 0) -> Iterator[slice]:
 class Run(NamedTuple):
     """Neighbours in the flat buffer that are worked on together: small tensors, of one block, or a single large one.
 
-    first: index of the first of them; at: where they lie in the buffer; parts: each, from the run's start on.
+    at: where they lie in the buffer; tensors: their indices; starts, parts: where each lies from the run's start on.
     """
 
-    first: int
     at: slice
+    tensors: tuple[int, ...]
+    starts: tuple[int, ...]
     parts: tuple[slice, ...]
-
-    @property
-    def size(self) -> int:
-        return int(self.at.stop - self.at.start)
 
     def blocks(self) -> Iterator[slice]:
         """Of the flat buffer."""
-        return blocks(self.size, self.at.start)
+        return blocks(self.at.stop - self.at.start, self.at.start)
 
 
 @dataclass(frozen=True)
@@ -63,16 +60,20 @@ class Layout:
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
-        """All tensors, in name order: what is done to many small ones at once costs as much as to one of them."""
-        ends = list(accumulate(self.sizes, initial=0))
-        found, first = [], 0
-        for index in range(1, len(self.sizes) + 1):
-            if index == len(self.sizes) or ends[index + 1] - ends[first] > BLOCK:
-                start = ends[first]
-                parts = tuple(slice(ends[i] - start, ends[i + 1] - start) for i in range(first, index))
-                found.append(Run(first, slice(start, ends[index]), parts))
-                first = index
-        return tuple(found)
+        """All tensors that have elements: what is done to many small ones at once costs as much as to one of them."""
+        ends = list(accumulate(self.sizes))
+        runs: list[list[int]] = []
+        for index in (index for index, size in enumerate(self.sizes) if size):
+            if runs and ends[index] - ends[runs[-1][0]] + self.sizes[runs[-1][0]] <= BLOCK:
+                runs[-1].append(index)
+            else:
+                runs.append([index])
+        return tuple(self._run(tensors, ends) for tensors in runs)
+
+    def _run(self, tensors: Sequence[int], ends: Sequence[int]) -> Run:
+        first = ends[tensors[0]] - self.sizes[tensors[0]]
+        parts = tuple(slice(ends[i] - self.sizes[i] - first, ends[i] - first) for i in tensors)
+        return Run(slice(first, ends[tensors[-1]]), tuple(tensors), tuple(part.start for part in parts), parts)
 
     def only(self, names: Collection[str]) -> "Layout":
         """Those of the tensors that are named."""

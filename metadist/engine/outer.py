@@ -57,7 +57,9 @@ class OuterStep:
         self.flat = self.layout.flatten(theta).detach()
         self.theta = self.layout.split(self.flat)
         self._gradient = torch.empty_like(self.flat)
-        self._squares = torch.empty(max((run.size for run in self.layout.runs), default=0), dtype=torch.float64)
+        self._squares = torch.empty(
+            max((run.at.stop - run.at.start for run in self.layout.runs), default=0), dtype=torch.float64
+        )
         self._blocks = [block.requires_grad_() for block in torch.split(self.flat, BLOCK)]
         for block, gradient in zip(self._blocks, torch.split(self._gradient, BLOCK), strict=True):
             block.grad = gradient
@@ -88,14 +90,15 @@ class OuterStep:
 
     def take(self, gradient: Gradient) -> list[float]:
         """Read a mean gradient; returns the squared norm of every tensor, in name order."""
-        squares: list[float] = []
+        squares = [0.0] * len(self.layout.names)
         for run in self.layout.runs:
             for block in run.blocks():
                 values = gradient(run, block)
                 self._gradient[block].copy_(values)
                 torch.square(values, out=self._squares[block.start - run.at.start : block.stop - run.at.start])
             # In one sum, whose order is torch's for its size.
-            squares += [self._squares[part].sum().item() for part in run.parts]
+            for index, part in zip(run.tensors, run.parts, strict=True):
+                squares[index] = self._squares[part].sum().item()
         return squares
 
     def move(self, gradient: Gradient, step: int, norm: float) -> None:

@@ -3,6 +3,7 @@
 A plain class. It runs in the driver's process or, unchanged, as a Ray actor.
 """
 
+import math
 import zlib
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
@@ -95,7 +96,7 @@ def sealed(q: np.ndarray) -> int:
 
 def _finite(value: Tensor) -> bool:
     """Whether all elements are, without a tensor of answers. NaN is least and largest of whatever it is among."""
-    return not value.numel() or all(bool(end.isfinite()) for end in value.aminmax())
+    return not value.numel() or all(math.isfinite(end) for end in value.aminmax())
 
 
 def _added(total: np.ndarray, sums: Sequence[np.ndarray], first: bool) -> list[int]:
@@ -246,7 +247,8 @@ class Aggregator:
             return Report(step, nan, nan, nan, 0.0, True, missing, self.duplicates), self.broadcast()
         (gradient, own), duplicates, received = self._taken(), self.duplicates, self.bytes
         means = self._means.whole(self.exponents[self._tensors :], self.config.averaged)
-        self.exponents = next_exponents(self.exponents, self._gradients.largest + self._means.largest)
+        largest = self._gradients.largest + self._means.largest
+        self.exponents = next_exponents(self.piece.sums, self.exponents, largest)
         report = self._move(gradient, whole or own, means)._replace(duplicates=duplicates, bytes=received)
         self.reports.append(report._replace(spans=()))
         return report, self.broadcast()

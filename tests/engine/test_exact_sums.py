@@ -46,7 +46,7 @@ def parts_of(rows, exponents=None):
 def exponents_after(layout, total, exponents):
     means = Means(layout, total)
     means.whole(exponents, 1)
-    return next_exponents(exponents, means.largest)
+    return next_exponents(layout, exponents, means.largest)
 
 
 def tree(values, rng):
@@ -350,4 +350,4 @@ def test_means_and_magnitudes_block_by_block_are_those_at_once(small_blocks, siz
     plain = total.astype(np.float64) * np.repeat(np.ldexp(1.0, -exponents.astype(np.int32)), sizes) / parts
     assert found.numpy().tobytes() == plain.tobytes()
     each = np.split(total, np.cumsum(sizes)[:-1])
-    assert means.largest == [max(map(abs, one.tolist())) if len(one) else None for one in each]
+    assert means.largest == [max(map(abs, one.tolist()), default=0) for one in each]
