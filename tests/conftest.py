@@ -83,6 +83,13 @@ def one_torch_thread() -> None:
 # --- runs ----------------------------------------------------------------------
 
 
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large buffers begin at 65 elements. A multiple of the widest vectors, as `BLOCK` is."""
+    for module in ("layout", "exact", "outer"):
+        monkeypatch.setattr(f"metadist.engine.{module}.BLOCK", 64)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Config]:
     """The config of a tiny run with overrides."""

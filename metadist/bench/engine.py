@@ -23,7 +23,7 @@ from metadist.config import Config
 from metadist.data.sources import prepare
 from metadist.data.table import Table
 from metadist.engine.engine import Engine
-from metadist.engine.exact import first_exponents, quantise, scales
+from metadist.engine.exact import first_exponents, quantise
 from metadist.engine.shard import Sums, by_vmap, loop, vectorised
 from metadist.runtime.in_process import InProcess
 
@@ -79,7 +79,7 @@ def phase_rows(case: str, table: Table, turns: int) -> list[Row]:
     """Milliseconds of one shard of second order: θ from its flat form, sampling, meta-gradient, exact sum."""
     engine = Engine(shard_job(case, 2), [table])
     blueprint, values = engine.blueprint, engine.blueprint.initial()
-    scale = scales(blueprint.sums, first_exponents(blueprint.sums))
+    exponents = first_exponents(blueprint.sums)
     episodes, sums = engine.tasks.sample(0, 0, SHARD), one_shard(engine, vectorised)
     method = engine.algorithms.at(0)
     gradient = partial(vectorised, method, blueprint.theta, blueprint.state, episodes, engine.tasks.ways, 0)
@@ -87,7 +87,7 @@ def phase_rows(case: str, table: Table, turns: int) -> list[Row]:
         "θ by name": partial(blueprint.named, values),
         "sampling": partial(engine.tasks.sample, 0, 0, SHARD),
         "meta-gradient": gradient,
-        "exact sum": lambda: quantise(blueprint.sums, sums, scale, engine.shards),
+        "exact sum": lambda: quantise(blueprint.sums, sums, exponents, engine.shards),
     }
     return [
         Row(f"{name} ({case}) order 2", 1000 * statistics.median(seconds), "ms/shard", None, None, turns)

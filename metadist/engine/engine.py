@@ -13,7 +13,7 @@ from metadist.config import Config, Staged
 from metadist.data.table import Table
 from metadist.engine.compression import Compression
 from metadist.engine.device import precision, settle
-from metadist.engine.exact import Part, quantise, scales
+from metadist.engine.exact import Part, quantise
 from metadist.engine.fit import out_of_memory, too_large
 from metadist.engine.layout import Layout
 from metadist.engine.local import descend
@@ -135,9 +135,9 @@ class Engine:
         if self.programs is not None:
             return self.programs.at(step)(values, exponents, step, shard * self.shard_tasks)
         theta, state = self.blueprint.named(values, self.device)
-        sums, scale = self.sums(theta, state, step, shard), scales(self.blueprint.sums, exponents, self.device)
+        sums = self.sums(theta, state, step, shard)
         with self.spans.of("sum"):
-            return quantise(self.blueprint.sums, sums, scale, self.shards)
+            return quantise(self.blueprint.sums, sums, exponents, self.shards)
 
     def sent(self, values: np.ndarray, exponents: np.ndarray, step: int, number: int, lane: Lane) -> tuple[Part, Lane]:
         """What a lane, a shard or a replica, sends to the aggregator, and what it carries on: a pure function.
@@ -157,13 +157,13 @@ class Engine:
         layout, compression = self.blueprint.sums, self.blueprint.compression
         if compression is None:
             with self.spans.of("sum"):
-                part = quantise(layout, sums, scales(layout, exponents, self.device), self.shards)
+                part = quantise(layout, sums, exponents, self.shards)
             return part, _kept(memory, {})
         if not all(bool(value.isfinite().all()) for value in sums.values()):
             return Part(np.zeros(0, dtype=np.uint8), False, ()), {}
         with self.spans.of("sum"):
             payload, residual = compression.compress(sums, _below("residual.", carried))
-            part = quantise(layout, compression.decompress(payload), scales(layout, exponents), self.shards)
+            part = quantise(layout, compression.decompress(payload), exponents, self.shards)
         return part._replace(q=payload), _kept(memory, residual)
 
     def _round(

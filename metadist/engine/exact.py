@@ -11,14 +11,14 @@ coarser exponents for the tensors in which any of them did, once all parts have 
 so that this too depends on no order.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from metadist.engine.layout import Layout, blocks
+from metadist.engine.layout import BLOCK, Layout, Run
 
 HEADROOM_BITS = 62
 TARGET_BITS = 45
@@ -75,9 +75,54 @@ def scales(layout: Layout, exponents: np.ndarray, device: torch.device | str = "
     return each.repeat_interleave(torch.tensor(layout.sizes)).to(device)
 
 
-def quantise(layout: Layout, tensors: Mapping[str, Tensor], scale: Tensor, parts: int) -> Part:
-    """round(x · 2^e) of all tensors in one flat buffer; `parts` is how many such buffers will be added."""
-    return rounded(layout, tensors, scale).part(layout, scale, parts)
+def quantise(
+    layout: Layout, tensors: Mapping[str, Tensor], exponents: np.ndarray, parts: int, out: np.ndarray | None = None
+) -> Part:
+    """round(x · 2^e) of all tensors in one flat buffer; `parts` is how many such buffers will be added.
+
+    out: int64 [total], where q is written to, if it is to lie in memory that is there.
+    """
+    q = np.empty(layout.total, dtype=np.int64) if out is None else out
+    on_cpu = all(tensors[name].device.type == "cpu" for name in layout.names)
+    if on_cpu and _rounded_into(q, layout, tensors, exponents) <= 2.0**HEADROOM_BITS / parts:  # false for NaN
+        return Part(q, True, ())
+    scale = scales(layout, exponents, tensors[layout.names[0]].device)
+    found = rounded(layout, tensors, scale).part(layout, scale, parts)
+    if out is None:
+        return found
+    out[:] = found.q
+    return found._replace(q=out)
+
+
+SMALL = 2.0**51
+ROUNDING = 1.5 * 2.0**52
+"""Added to a float64 up to `SMALL` it leaves no bits for a fraction: the sum is rounded to nearest, ties to even, and
+its bits as an integer are those of `ROUNDING` and the number that it was rounded to."""
+
+
+def _rounded_into(q: np.ndarray, layout: Layout, tensors: Mapping[str, Tensor], exponents: np.ndarray) -> float:
+    """Write round(x · 2^e), block by block; returns its greatest magnitude, NaN where one is. Then, and beyond 2^63,
+    what is written is anything."""
+    factors = np.ldexp(1.0, exponents.astype(np.int32)).tolist()
+    scaled = torch.empty(min(BLOCK, layout.total), dtype=torch.float64)
+    as_integers, rounding = scaled.numpy().view(np.int64), np.float64(ROUNDING).view(np.int64)
+    whole, extremes = torch.from_numpy(q), [0.0]
+    for run in layout.runs:
+        every = [tensors[layout.names[index]].detach().reshape(-1) for index in run.tensors]
+        values = every[0] if len(every) == 1 else torch.cat(every)
+        for block in run.blocks():
+            here = scaled[: block.stop - block.start]
+            here.copy_(values[block.start - run.at.start : block.stop - run.at.start])
+            for index, part in zip(run.tensors, run.parts, strict=True):
+                here[part].mul_(factors[index])
+            low, high = here.aminmax()
+            extremes.append(max(float(high), -float(low)))
+            if extremes[-1] <= SMALL:
+                here.add_(ROUNDING)
+                np.subtract(as_integers[: len(here)], rounding, out=q[block])
+            else:
+                whole[block] = here.round_()
+    return float(np.rint(np.max(extremes)))
 
 
 class Rounded(NamedTuple):
@@ -108,35 +153,64 @@ def rounded(layout: Layout, tensors: Mapping[str, Tensor], scale: Tensor) -> Rou
 
 def dequantise(layout: Layout, total: np.ndarray, exponents: np.ndarray, parts: int = 1) -> Tensor:
     """The sum, or the mean over so many, float64 [total]."""
-    mean: np.ndarray = np.empty(layout.total)
-    start = 0
-    for size, factor in zip(layout.sizes, np.ldexp(1.0, -exponents.astype(np.int32)), strict=True):
-        for block in blocks(size, start):
-            # 2^-e is exact, and int64 → float64 rounds once, to nearest, the same everywhere.
-            mean[block] = total[block]
-            mean[block] *= factor
-            if parts != 1:
-                np.divide(mean[block], parts, out=mean[block])
-        start += size
-    return torch.from_numpy(mean)
+    return Means(layout, total).whole(exponents, parts)
 
 
-def next_exponents(layout: Layout, total: np.ndarray, exponents: np.ndarray) -> np.ndarray:
-    """Exponents of the next step, from this step's sum: its largest element comes to 2^45.
+class Means:
+    """A sum's mean, float64, block by block, each in the same memory; total: where the sum is, int64 [total].
+
+    largest: every tensor's greatest magnitude in what was read of the sum.
+    """
+
+    def __init__(self, layout: Layout, total: np.ndarray) -> None:
+        self._layout, self._total = layout, total
+        self._mean: np.ndarray = np.empty(min(BLOCK, layout.total))
+        self._tensor = torch.from_numpy(self._mean)
+        self.largest = [0] * len(layout.names)
+
+    def over(self, exponents: np.ndarray, parts: int) -> Callable[[Run, slice], Tensor]:
+        """How a block of a run is read: the next one overwrites it."""
+        # int64 → float64 rounds once, to nearest, the same everywhere. 2^e · parts is exact, and its inverse too if
+        # `parts` is a power of two: then the quotient by it is the product, a third of the time.
+        divisors = np.ldexp(float(parts), exponents.astype(np.int32))
+        exact = parts & (parts - 1) == 0
+        scaled, by = (np.multiply, (1 / divisors).tolist()) if exact else (np.divide, divisors.tolist())
+        self.largest = [0] * len(self.largest)
+
+        def read(run: Run, block: slice) -> Tensor:
+            q = self._total[block]
+            mean = self._mean[: len(q)]
+            np.copyto(mean, q)
+            for index, part in zip(run.tensors, run.parts, strict=True):
+                here = mean[part]
+                scaled(here, by[index], out=here)
+            # Python integers: the magnitude of the most negative int64 is no int64.
+            ends = (extreme.reduceat(q, run.starts).tolist() for extreme in (np.maximum, np.minimum))
+            for index, high, low in zip(run.tensors, *ends, strict=True):
+                self.largest[index] = max(self.largest[index], high, -low)
+            return self._tensor[: len(q)]
+
+        return read
+
+    def whole(self, exponents: np.ndarray, parts: int) -> Tensor:
+        """All of it, float64 [total]."""
+        mean, read = torch.empty(self._layout.total, dtype=torch.float64), self.over(exponents, parts)
+        for run in self._layout.runs:
+            for block in run.blocks():
+                mean[block] = read(run, block)
+        return mean
+
+
+def next_exponents(layout: Layout, exponents: np.ndarray, largest: Sequence[int]) -> np.ndarray:
+    """Exponents of the next step, from each tensor's `largest` in this step's sum: it comes to 2^45.
 
     A tensor whose sum is zero was zero, or too small for its exponent: it becomes finer.
     """
     result = exponents.copy()
-    sizes = np.array(layout.sizes)
-    starts = np.cumsum(sizes) - sizes
-    some = sizes > 0
-    highest, lowest = (f.reduceat(total, starts[some]) for f in (np.maximum, np.minimum))
-    for index, high, low in zip(np.flatnonzero(some), highest.tolist(), lowest.tolist(), strict=True):
-        # Python integers: the magnitude of the most negative int64 is no int64.
-        largest = max(high, -low)
-        if largest:
-            result[index] += TARGET_BITS - largest.bit_length()
-        else:
+    for index, (size, one) in enumerate(zip(layout.sizes, largest, strict=True)):
+        if one:
+            result[index] += TARGET_BITS - one.bit_length()
+        elif size:
             result[index] = max(result[index], min(result[index] + FINER_BITS, FINEST))
     np.clip(result, LOWEST, HIGHEST, out=result)
     return result

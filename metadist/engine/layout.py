@@ -2,8 +2,11 @@
 
 import hashlib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +22,22 @@ def blocks(size: int, start: int = 0) -> Iterator[slice]:
     return (slice(first, min(first + BLOCK, start + size)) for first in range(start, start + size, BLOCK))
 
 
+class Run(NamedTuple):
+    """Neighbours in the flat buffer that are worked on together: small tensors, of one block, or a single large one.
+
+    at: where they lie in the buffer; tensors: their indices; starts, parts: where each lies from the run's start on.
+    """
+
+    at: slice
+    tensors: tuple[int, ...]
+    starts: tuple[int, ...]
+    parts: tuple[slice, ...]
+
+    def blocks(self) -> Iterator[slice]:
+        """Of the flat buffer."""
+        return blocks(self.at.stop - self.at.start, self.at.start)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Names in order, with their shapes; `offsets` are element positions in the flat buffer."""
@@ -31,13 +50,30 @@ class Layout:
         names = tuple(sorted(tensors))
         return cls(names, tuple(tuple(tensors[name].shape) for name in names))
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         return tuple(math.prod(shape) for shape in self.shapes)
 
-    @property
+    @cached_property
     def total(self) -> int:
         return sum(self.sizes)
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """All tensors that have elements: what is done to many small ones at once costs as much as to one of them."""
+        ends = list(accumulate(self.sizes))
+        runs: list[list[int]] = []
+        for index in (index for index, size in enumerate(self.sizes) if size):
+            if runs and ends[index] - ends[runs[-1][0]] + self.sizes[runs[-1][0]] <= BLOCK:
+                runs[-1].append(index)
+            else:
+                runs.append([index])
+        return tuple(self._run(tensors, ends) for tensors in runs)
+
+    def _run(self, tensors: Sequence[int], ends: Sequence[int]) -> Run:
+        first = ends[tensors[0]] - self.sizes[tensors[0]]
+        parts = tuple(slice(ends[i] - self.sizes[i] - first, ends[i] - first) for i in tensors)
+        return Run(slice(first, ends[tensors[-1]]), tuple(tensors), tuple(part.start for part in parts), parts)
 
     def only(self, names: Collection[str]) -> "Layout":
         """Those of the tensors that are named."""

@@ -38,7 +38,7 @@ def descend(
     metrics: dict[str, Tensor] = {}
     for number in range(step * local.steps, (step + 1) * local.steps):
         # In memory of their own: see `Layout.unflatten`.
-        mean = batch(optimizer.layout.unflatten(optimizer.flat.detach()), state, number)
+        mean = batch(optimizer.layout.unflatten(optimizer.flat), state, number)
         optimizer.step({name: mean[f"gradient.{name}"] for name in theta}, number)
         state = moved_state(state, {name: mean[f"statistics.{name}"] for name in state})
         for name in ("metric.loss", "metric.score"):

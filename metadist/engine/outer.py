@@ -5,16 +5,19 @@ What it descends is a mean over tasks or replicas: of meta-gradients, or of diff
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from metadist.config import Optimizer
-from metadist.engine.layout import Layout
+from metadist.engine.layout import BLOCK, Layout, Run
 
 STATE_MOMENTUM = 0.1
 """Weight of a meta-step's mean in the running state, as in torch's batch norm."""
+
+Gradient = Callable[[Run, slice], Tensor]
+"""A run of θ and a block of it → that block of a mean gradient, float64, good until the next call."""
 
 
 def learning_rate(outer: Optimizer, step: int) -> float:
@@ -32,76 +35,108 @@ def learning_rate(outer: Optimizer, step: int) -> float:
     return outer.lr
 
 
+def norm_of(squares: Iterable[float]) -> float:
+    """From the squared norms of all tensors, in name order."""
+    return math.sqrt(sum(squares))
+
+
 class OuterStep:
     """θ with its torch.optim optimizer, on all of θ as one flat buffer in name order.
 
+    The optimizer's parameters are blocks of that buffer. What it does is done to each element by itself, so that blocks
+    change no bit; but each of its passes over a block finds it in the processor's cache.
+
     outer: its keys; with `steps` of them the schedule is at its end. at: those in force in a meta-step, of which rate,
-    clip and weight decay are read.
+    clip and weight decay are read. theta: by name, views, which the next step moves.
     """
 
     def __init__(
         self, outer: Optimizer, theta: Mapping[str, Tensor], at: Callable[[int], Optimizer] | None = None
     ) -> None:
         self.at, self.layout = at or (lambda step: outer), Layout.of(theta)
-        self.flat = self.layout.flatten(theta).requires_grad_()
+        self.flat = self.layout.flatten(theta).detach()
+        self.theta = self.layout.split(self.flat)
+        self._gradient = torch.empty_like(self.flat)
+        self._squares = torch.empty(
+            max((run.at.stop - run.at.start for run in self.layout.runs), default=0), dtype=torch.float64
+        )
+        self._blocks = [block.requires_grad_() for block in torch.split(self.flat, BLOCK)]
+        for block, gradient in zip(self._blocks, torch.split(self._gradient, BLOCK), strict=True):
+            block.grad = gradient
         # One plain kernel after the other: a fused or multi-tensor one may round differently.
         plain = {"lr": outer.lr, "weight_decay": outer.weight_decay, "foreach": False}
         self.optimizer: torch.optim.Optimizer
         match outer.optimizer:
             case "adam":
-                self.optimizer = torch.optim.Adam([self.flat], fused=False, **plain)  # type: ignore[arg-type]
+                self.optimizer = torch.optim.Adam(self._blocks, fused=False, **plain)  # type: ignore[arg-type]
             case "adamw":
-                self.optimizer = torch.optim.AdamW([self.flat], fused=False, **plain)  # type: ignore[arg-type]
+                self.optimizer = torch.optim.AdamW(self._blocks, fused=False, **plain)  # type: ignore[arg-type]
             case "sgd":
                 momentum = {"momentum": outer.momentum, "nesterov": outer.nesterov}
-                self.optimizer = torch.optim.SGD([self.flat], fused=False, **momentum, **plain)  # type: ignore[arg-type]
+                self.optimizer = torch.optim.SGD(self._blocks, fused=False, **momentum, **plain)  # type: ignore[arg-type]
             case "rmsprop":
-                self.optimizer = torch.optim.RMSprop([self.flat], momentum=outer.momentum, **plain)  # type: ignore[arg-type]
+                self.optimizer = torch.optim.RMSprop(self._blocks, momentum=outer.momentum, **plain)  # type: ignore[arg-type]
 
-    @property
-    def theta(self) -> dict[str, Tensor]:
-        """θ by name: views, which the next step moves."""
-        return self.layout.split(self.flat.detach())
+    def step(self, gradient: Mapping[str, Tensor], step: int) -> float:
+        """Move θ by one mean meta-gradient (float64, by name); returns the gradient's norm before clipping."""
+        flat = self.layout.flatten(gradient).detach()
 
-    def squares(self, gradient: Mapping[str, Tensor]) -> list[float]:
-        """The squared norm of every tensor of a gradient (float64, by name), in name order."""
-        return [float(gradient[name].square().sum()) for name in self.layout.names]
+        def block_of(run: Run, block: slice) -> Tensor:
+            return flat[block]
 
-    def step(self, gradient: Mapping[str, Tensor], step: int, squares: Sequence[float] | None = None) -> float:
-        """Move θ by one mean meta-gradient (float64, by name); returns the gradient's norm before clipping.
+        norm = norm_of(self.take(block_of))
+        self.move(block_of, step, norm)
+        return norm
 
-        squares: those of all tensors of the run, where these are not all.
-        """
-        norm = math.sqrt(sum(self.squares(gradient) if squares is None else squares))
+    def take(self, gradient: Gradient) -> list[float]:
+        """Read a mean gradient; returns the squared norm of every tensor, in name order."""
+        squares = [0.0] * len(self.layout.names)
+        for run in self.layout.runs:
+            for block in run.blocks():
+                values = gradient(run, block)
+                self._gradient[block].copy_(values)
+                torch.square(values, out=self._squares[block.start - run.at.start : block.stop - run.at.start])
+            # In one sum, whose order is torch's for its size.
+            for index, part in zip(run.tensors, run.parts, strict=True):
+                squares[index] = self._squares[part].sum().item()
+        return squares
+
+    def move(self, gradient: Gradient, step: int, norm: float) -> None:
+        """Move θ by the gradient that was taken last; norm: of the whole, of which this may be a piece."""
         outer = self.at(step)
-        factor = outer.clip / norm if outer.clip is not None and norm > outer.clip else 1.0
-        scaled = gradient if factor == 1.0 else {name: gradient[name] * factor for name in self.layout.names}
-        self.flat.grad = self.layout.flatten({name: scaled[name].to(self.flat.dtype) for name in self.layout.names})
+        if outer.clip is not None and norm > outer.clip:
+            factor = outer.clip / norm
+            for run in self.layout.runs:
+                for block in run.blocks():
+                    self._gradient[block].copy_(gradient(run, block) * factor)
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = learning_rate(outer, step), outer.weight_decay
         self.optimizer.step()
-        return norm
 
     def memory(self) -> dict[str, Tensor]:
         """The optimizer's own tensors: `KEY.NAME` for those that are as large as θ, else `KEY`."""
         found: dict[str, Tensor] = {}
-        for key, value in self.optimizer.state_dict()["state"].get(0, {}).items():
+        slots = list(self.optimizer.state_dict()["state"].values())
+        for key, value in slots[0].items() if slots else ():
             if value is None:
                 continue
-            value = torch.as_tensor(value).cpu().clone()
-            if value.shape == self.flat.shape:
-                found |= {f"{key}.{name}": part for name, part in self.layout.unflatten(value).items()}
-            else:
-                found[key] = value
+            if torch.is_tensor(value) and value.shape == self._blocks[0].shape:
+                whole = torch.cat([slot[key] for slot in slots]).cpu()
+                found |= {f"{key}.{name}": part for name, part in self.layout.unflatten(whole).items()}
+            else:  # the same of all blocks
+                found[key] = torch.as_tensor(value).cpu().clone()
         return found
 
     def remember(self, memory: Mapping[str, Tensor]) -> None:
         """Put tensors from `memory` back."""
-        slot = {key: value.clone() for key, value in memory.items() if "." not in key}
+        slots = [{key: value.clone() for key, value in memory.items() if "." not in key} for _ in self._blocks]
         for key in {name.partition(".")[0] for name in memory if "." in name}:
-            slot[key] = self.layout.flatten({name: memory[f"{key}.{name}"] for name in self.layout.names})
+            whole = self.layout.flatten({name: memory[f"{key}.{name}"] for name in self.layout.names})
+            for slot, block in zip(slots, torch.split(whole, BLOCK), strict=True):
+                slot[key] = block
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": {0: slot} if slot else {}, "param_groups": groups})
+        state = dict(enumerate(slots)) if memory else {}
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def moved_state(state: Mapping[str, Tensor], mean: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 A plain class. It runs in the driver's process or, unchanged, as a Ray actor.
 """
 
+import math
 import zlib
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
@@ -15,9 +16,9 @@ from torch import Tensor
 from metadist.config import Config, Staged
 from metadist.engine.device import one_thread
 from metadist.engine.engine import Blueprint, Lane
-from metadist.engine.exact import coarser, dequantise, first_exponents, next_exponents, quantise, scales
-from metadist.engine.layout import blocks
-from metadist.engine.outer import OuterStep, learning_rate, moved_state
+from metadist.engine.exact import Means, coarser, first_exponents, next_exponents, quantise
+from metadist.engine.layout import Layout, Run, blocks
+from metadist.engine.outer import Gradient, OuterStep, learning_rate, moved_state, norm_of
 from metadist.runtime.cut import Piece, cut, gathered_exponents
 from metadist.spans import Span, Spans
 
@@ -71,6 +72,14 @@ class Report(NamedTuple):
     spans: tuple[Span, ...] = ()
 
 
+class Sum(NamedTuple):
+    """Of some shards; q: int64 [total], or their payloads one behind the other, uint8; seal: what its worker sent."""
+
+    shards: Collection[int]
+    q: np.ndarray
+    seal: int | None = None
+
+
 class Position(NamedTuple):
     """Where an aggregator stands that has outlived its driver, and its newest reports, oldest first."""
 
@@ -87,20 +96,25 @@ def sealed(q: np.ndarray) -> int:
 
 def _finite(value: Tensor) -> bool:
     """Whether all elements are, without a tensor of answers. NaN is least and largest of whatever it is among."""
-    return not value.numel() or all(bool(end.isfinite()) for end in value.aminmax())
+    return not value.numel() or all(math.isfinite(end) for end in value.aminmax())
 
 
-def _added(total: np.ndarray, q: np.ndarray, first: bool) -> int:
-    """Add integers to a total, or put the first ones there; their seal, taken on the way."""
-    seal = np.int64(0)
+def _added(total: np.ndarray, sums: Sequence[np.ndarray], first: bool) -> list[int]:
+    """Add integers to a total, or put the first ones there; their seals, taken on the way.
+
+    Of several at once the total goes through memory once.
+    """
+    seals = [np.int64(0) for _ in sums]
     with np.errstate(over="ignore"):  # it goes around
-        for block in blocks(len(q)):
-            if first:
-                total[block] = q[block]
-            else:
-                np.add(total[block], q[block], out=total[block])
-            seal = seal + np.add.reduce(q[block])
-    return int(seal)
+        for block in blocks(len(total)):
+            here, before = total[block], None if first else total[block]
+            for number, q in enumerate(sums):
+                part = q[block]
+                seals[number] = seals[number] + np.add.reduce(part)
+                before = part if before is None else np.add(before, part, out=here)
+            if before is not here and before is not None:
+                here[:] = before
+    return [int(seal) for seal in seals]
 
 
 class Aggregator:
@@ -131,6 +145,11 @@ class Aggregator:
         self.total = np.zeros(self.piece.sums.total, dtype=np.int64)
         self.keys = Staged(config, lambda here: here.outer)
         self.outer = OuterStep(config.outer, {name: values[name] for name in self.piece.theta}, self.keys.at)
+        # In name order the gradient comes first among the sums, and the rest is small.
+        self._tensors, self._elements = len(self.outer.layout.names), self.outer.layout.total
+        self._rest = Layout(self.piece.sums.names[self._tensors :], self.piece.sums.shapes[self._tensors :])
+        self._gradients = Means(self.outer.layout, self.total[: self._elements])
+        self._means = Means(self._rest, self.total[self._elements :])
         self.reports: deque[Report] = deque(maxlen=REPORTS)
         if snapshot is not None:
             self.outer.remember({name: torch.from_numpy(np.array(value)) for name, value in snapshot.memory.items()})
@@ -140,12 +159,14 @@ class Aggregator:
     def _open(self, attempt: int) -> None:
         self.attempt, self.duplicates = attempt, 0
         self.added: set[int] = set()  # without any of them the total is of nothing
-        self._mean: Tensor | None = None
+        self._gradient: tuple[Gradient, list[float]] | None = None
 
-    def broadcast(self) -> Broadcast:
-        """θ_t for the workers."""
-        values = self.piece.values.flatten(self.outer.theta | self.state)
-        return Broadcast(self.step, self.attempt, values.numpy(), self.exponents)
+    def broadcast(self, out: np.ndarray | None = None) -> Broadcast:
+        """θ_t for the workers; out: where its values are written to, if they are to lie in memory that is there."""
+        values = self.outer.theta | self.state
+        into = None if out is None else torch.from_numpy(out)
+        flat = torch.cat([values[name].reshape(-1) for name in self.piece.values.names], out=into)
+        return Broadcast(self.step, self.attempt, flat.numpy(), self.exponents)
 
     def add(self, step: int, attempt: int, shards: Collection[int], q: np.ndarray, seal: int | None = None) -> bool:
         """Count the sum of some shards. A late one, or one with a shard that is counted, is dropped: False.
@@ -153,28 +174,39 @@ class Aggregator:
         So is one that is not what its worker sent: of another size or type, or without its `seal`.
         q: int64 [total], or their payloads one behind the other, uint8.
         """
-        self.bytes += q.nbytes
-        late = (step, attempt) != (self.step, self.attempt) or not self.added.isdisjoint(shards)
-        if late or not self._of_its_kind(q, len(shards)) or not self._counted(q, len(shards), seal):
-            self.duplicates += len(shards)
-            return False
-        self.added.update(shards)
-        return True
+        return self.add_all(step, attempt, [Sum(shards, q, seal)])[0]
 
-    def _counted(self, q: np.ndarray, shards: int, seal: int | None) -> bool:
-        """Add it, if it has its seal."""
+    def add_all(self, step: int, attempt: int, sums: Sequence[Sum]) -> list[bool]:
+        """Of several sums that are there at once, in less time; of two with the same shard the first counts."""
+        self.bytes += sum(one.q.nbytes for one in sums)
+        current = (step, attempt) == (self.step, self.attempt)
+        usable, seen = [], set(self.added)
+        for one in sums:
+            usable.append(current and seen.isdisjoint(one.shards) and self._of_its_kind(one.q, len(one.shards)))
+            seen.update(one.shards if usable[-1] else ())
         with self.spans.of("sum"):
-            if self.piece.compression is not None:
-                if seal is not None and seal != sealed(q):
-                    return False
-                for number, part in enumerate(self._decompressed(q, shards)):
-                    _added(self.total, part, first=not self.added and number == 0)
-                return True
-            if _added(self.total, q, first=not self.added) == seal or seal is None:
-                return True
-            # Exact as integers are, they are taken out again; the total of a first sum is not read.
-            self.total -= q
-            return False
+            whole = iter(self._counted([one for one, kept in zip(sums, usable, strict=True) if kept]))
+        counted = [kept and next(whole) for kept in usable]
+        self.duplicates += sum(len(one.shards) for one, kept in zip(sums, counted, strict=True) if not kept)
+        return counted
+
+    def _counted(self, sums: Sequence[Sum]) -> list[bool]:
+        """Add them, those that have their seals."""
+        first = not self.added
+        if self.piece.compression is not None:
+            whole = [one.seal is None or one.seal == sealed(one.q) for one in sums]
+            for one in (one for one, kept in zip(sums, whole, strict=True) if kept):
+                for part in self._decompressed(one.q, len(one.shards)):
+                    _added(self.total, [part], first)
+                    first = False
+        else:
+            seals = _added(self.total, [one.q for one in sums], first) if sums else []
+            whole = [one.seal is None or one.seal == seal for one, seal in zip(sums, seals, strict=True)]
+            for one in (one for one, kept in zip(sums, whole, strict=True) if not kept):
+                # Exact as integers are, they are taken out again.
+                self.total -= one.q
+        self.added.update(*(one.shards for one, kept in zip(sums, whole, strict=True) if kept))
+        return whole
 
     def _of_its_kind(self, q: np.ndarray, shards: int) -> bool:
         compression = self.piece.compression
@@ -186,9 +218,8 @@ class Aggregator:
         """The integers of each payload, which the worker has seen to fit."""
         layout, compression = self.piece.sums, self.piece.compression
         assert compression is not None
-        scale = scales(layout, self.exponents)
         each = (compression.decompress(payload) for payload in np.split(q, shards))
-        return [quantise(layout, tensors, scale, self.shards).q for tensors in each]
+        return [quantise(layout, tensors, self.exponents, self.shards).q for tensors in each]
 
     def redo(self, step: int, attempt: int, exceeding: Iterable[int]) -> Broadcast:
         """Begin the step again with coarser exponents for the tensors in which some shard exceeded its bound.
@@ -203,11 +234,7 @@ class Aggregator:
 
     def squares(self, step: int) -> list[float] | None:
         """Of its tensors in the complete mean gradient, for the norm of the whole; None while shards are missing."""
-        if self._missing(step):
-            return None
-        summed = self._summed()
-        with self.spans.of("outer step"), one_thread():
-            return self.outer.squares(self._gradient(summed))
+        return None if self._missing(step) else self._taken()[1]
 
     def apply(self, step: int, *squares: Sequence[float] | None) -> tuple[Report, Broadcast]:
         """One outer step from the complete sum; without it nothing moves and the report says what is missing.
@@ -218,18 +245,29 @@ class Aggregator:
         if missing or None in squares:
             nan = float("nan")
             return Report(step, nan, nan, nan, 0.0, True, missing, self.duplicates), self.broadcast()
-        mean, duplicates, received = self._summed(), self.duplicates, self.bytes
-        self.exponents = next_exponents(self.piece.sums, self.total, self.exponents)
-        report = self.move(mean, whole or None)
-        report = report._replace(duplicates=duplicates, bytes=received)
+        (gradient, own), duplicates, received = self._taken(), self.duplicates, self.bytes
+        means = self._means.whole(self.exponents[self._tensors :], self.config.averaged)
+        largest = self._gradients.largest + self._means.largest
+        self.exponents = next_exponents(self.piece.sums, self.exponents, largest)
+        report = self._move(gradient, whole or own, means)._replace(duplicates=duplicates, bytes=received)
         self.reports.append(report._replace(spans=()))
         return report, self.broadcast()
 
-    def move(self, mean: Tensor, squares: Sequence[float] | None = None) -> Report:
+    def move(self, mean: Tensor) -> Report:
         """Take the outer step by the mean, over tasks or replicas, of all that is summed, float64 [total]."""
-        step, means = self.step, self.piece.sums.split(mean)
+
+        def gradient(run: Run, block: slice) -> Tensor:
+            return mean[block]
+
         with self.spans.of("outer step"), one_thread():
-            norm = self.outer.step(self._gradient(mean), step, squares)
+            squares = self.outer.take(gradient)
+        return self._move(gradient, squares, mean[self._elements :])
+
+    def _move(self, gradient: Gradient, squares: Sequence[float], rest: Tensor) -> Report:
+        """Take the outer step by a gradient that is taken; squares: of all pieces' tensors; rest: the other means."""
+        step, norm, means = self.step, norm_of(squares), self._rest.split(rest)
+        with self.spans.of("outer step"), one_thread():
+            self.outer.move(gradient, step, norm)
             statistics = {name: means[f"statistics.{name}"] for name in self.state}
             if self.config.outer.local is None:
                 self.state = moved_state(self.state, statistics)
@@ -244,7 +282,7 @@ class Aggregator:
             float(means.get("metric.score", np.nan)),
             norm,
             learning_rate(self.keys.at(step), step),
-            all(_finite(value) for value in (self.outer.flat.detach(), *self.state.values())),
+            all(_finite(value) for value in (self.outer.flat, *self.state.values())),
             (),
             0,
             spans=self.spans.take(),
@@ -255,16 +293,13 @@ class Aggregator:
         shards = range(self.shards)
         return tuple(sorted(set(shards) - self.added)) if step == self.step else tuple(shards)
 
-    def _summed(self) -> Tensor:
-        """The mean of a complete sum, float64 [total]; taken once."""
-        if self._mean is None:
-            with self.spans.of("sum"), one_thread():
-                self._mean = dequantise(self.piece.sums, self.total, self.exponents, self.config.averaged)
-        return self._mean
-
-    def _gradient(self, mean: Tensor) -> dict[str, Tensor]:
-        means = self.piece.sums.split(mean)
-        return {name: means[f"gradient.{name}"] for name in self.piece.theta}
+    def _taken(self) -> tuple[Gradient, list[float]]:
+        """The mean gradient of a complete sum, which the outer step has taken, and its squares; once."""
+        if self._gradient is None:
+            with self.spans.of("outer step"), one_thread():
+                gradient = self._gradients.over(self.exponents[: self._tensors], self.config.averaged)
+                self._gradient = gradient, self.outer.take(gradient)
+        return self._gradient
 
     def position(self) -> Position:
         """For a driver that finds this aggregator running."""

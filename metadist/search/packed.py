@@ -22,7 +22,7 @@ from metadist.config import Config
 from metadist.data.table import Table
 from metadist.engine.device import precision
 from metadist.engine.engine import Engine
-from metadist.engine.exact import quantise, scales
+from metadist.engine.exact import quantise
 from metadist.engine.packed import vectorised_packed
 from metadist.engine.shard import Sums
 from metadist.engine.sweep import Setting
@@ -229,8 +229,8 @@ class Member:
         if step != self._step:  # an attempt with other exponents has the same sums
             self._sums, self._step = self.pack.sums(self._number, self.engine, step, broadcast.values), step
         layout = self.engine.blueprint.sums
-        scale = scales(layout, broadcast.exponents)
-        parts = {shard: quantise(layout, self._sums[shard], scale, self.engine.shards) for shard in shards}
+        exponents, shard_count = broadcast.exponents, self.engine.shards
+        parts = {shard: quantise(layout, self._sums[shard], exponents, shard_count) for shard in shards}
         fitting = [shard for shard, part in parts.items() if part.fits]
         total = np.add.reduce([parts[shard].q for shard in fitting]) if fitting else np.zeros(0, dtype=np.int64)
         receipt = Receipt(

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from metadist.engine.exact import (
@@ -16,7 +16,9 @@ from metadist.engine.exact import (
     HEADROOM_BITS,
     HIGHEST,
     LOWEST,
+    SMALL,
     TARGET_BITS,
+    Means,
     coarser,
     dequantise,
     first_exponents,
@@ -37,8 +39,14 @@ LAYOUT = Layout.of(tensors_of([0.0] * 6))
 
 
 def parts_of(rows, exponents=None):
-    scale = scales(LAYOUT, first_exponents(LAYOUT) if exponents is None else exponents)
-    return [quantise(LAYOUT, tensors_of(row), scale, len(rows)) for row in rows]
+    exponents = first_exponents(LAYOUT) if exponents is None else exponents
+    return [quantise(LAYOUT, tensors_of(row), exponents, len(rows)) for row in rows]
+
+
+def exponents_after(layout, total, exponents):
+    means = Means(layout, total)
+    means.whole(exponents, 1)
+    return next_exponents(layout, exponents, means.largest)
 
 
 def tree(values, rng):
@@ -77,8 +85,8 @@ def test_float_sums_would_not_pass_that_test():
         sums = {tree(list(values.astype(dtype)), rng).tobytes() for _ in range(20)}
         assert len(sums) > 1
     layout = Layout(("a",), ((1000,),))
-    scale = scales(layout, first_exponents(layout))
-    integers = [quantise(layout, {"a": torch.from_numpy(row)}, scale, 12).q for row in values]
+    exponents = first_exponents(layout)
+    integers = [quantise(layout, {"a": torch.from_numpy(row)}, exponents, 12).q for row in values]
     assert len({tree(integers, rng).tobytes() for _ in range(20)}) == 1
 
 
@@ -98,7 +106,7 @@ def test_the_sum_is_accurate(values, magnitude):
             exponents = coarser(exponents, {index for part in parts for index in part.exceeding})
             continue
         total = sum(part.q for part in parts)
-        settled, exponents = exponents, next_exponents(LAYOUT, total, exponents)
+        settled, exponents = exponents, exponents_after(LAYOUT, total, exponents)
         if np.array_equal(settled, exponents):
             break
     found = LAYOUT.split(dequantise(LAYOUT, total, settled))
@@ -119,7 +127,7 @@ def test_a_tensor_too_small_for_its_first_exponent_is_resolved_in_the_end():
     exponents = first_exponents(LAYOUT)
     for _ in range(10):
         (part,) = parts_of([[1.0, 1.0] + [2.0**-50] * 4], exponents)
-        exponents = next_exponents(LAYOUT, part.q, exponents)
+        exponents = exponents_after(LAYOUT, part.q, exponents)
     assert part.q.all()
 
 
@@ -129,8 +137,8 @@ def test_accuracy_of_a_gradient_like_sum():
     values = [torch.from_numpy(1e-3 * (1 + rng.random(500))) for _ in range(2)]
     exponents = first_exponents(layout)
     for _ in range(2):
-        total = sum(quantise(layout, {"w": v}, scales(layout, exponents), 2).q for v in values)
-        settled, exponents = exponents, next_exponents(layout, total, exponents)
+        total = sum(quantise(layout, {"w": v}, exponents, 2).q for v in values)
+        settled, exponents = exponents, exponents_after(layout, total, exponents)
     expected = values[0] + values[1]
     assert (layout.split(dequantise(layout, total, settled))["w"] - expected).abs().max() <= 2.0**-44 * expected.max()
 
@@ -139,7 +147,7 @@ def test_accuracy_of_a_gradient_like_sum():
 @settings(deadline=None, max_examples=50)
 def test_one_part_is_pythons_round(values, exponent):
     values = [math.ldexp(x, -exponent) for x in values]
-    part = quantise(LAYOUT, tensors_of(values), scales(LAYOUT, np.full(2, exponent)), 1)
+    part = quantise(LAYOUT, tensors_of(values), np.full(2, exponent), 1)
     expected = [round(x * 2.0**exponent) for x in values]  # to even, as torch
     assert part.fits == (max(map(abs, expected)) <= 2**62)
     if part.fits:
@@ -160,14 +168,14 @@ def test_what_is_not_finite_is_flagged(value, position):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_is_too_large_is_flagged_and_not_cast(value, dtype):
     row = torch.tensor([0.0, value], dtype=dtype)
-    part = quantise(LAYOUT, {"a": row, "b": torch.zeros(2, 2, dtype=dtype)}, scales(LAYOUT, np.full(2, 40)), 1)
+    part = quantise(LAYOUT, {"a": row, "b": torch.zeros(2, 2, dtype=dtype)}, np.full(2, 40), 1)
     assert (part.finite, part.fits) == (True, False)
     assert not part.q.any()
 
 
 @pytest.mark.parametrize("exponent", [FIRST_EXPONENT, HIGHEST])
 def test_a_finite_value_whose_scaled_one_is_not_needs_coarser_exponents_and_is_no_divergence(exponent):
-    part = quantise(LAYOUT, tensors_of([1e300] * 6), scales(LAYOUT, np.full(2, exponent)), 1)
+    part = quantise(LAYOUT, tensors_of([1e300] * 6), np.full(2, exponent), 1)
     assert (part.finite, part.fits) == (True, False)
 
 
@@ -175,7 +183,7 @@ def test_a_finite_value_whose_scaled_one_is_not_needs_coarser_exponents_and_is_n
 def test_the_bound_is_two_to_the_62_over_the_number_of_parts(parts):
     """So that no partial sum of any grouping can overflow."""
     bound = 2.0**HEADROOM_BITS / parts
-    exponents = scales(LAYOUT, np.zeros(2, dtype=np.int64))
+    exponents = np.zeros(2, dtype=np.int64)
     for sign in (1, -1):
         part = quantise(LAYOUT, tensors_of([sign * float(math.floor(bound))] + [0.0] * 5), exponents, parts)
         assert part.fits
@@ -201,13 +209,13 @@ def test_only_the_tensor_that_exceeds_its_bound_is_named():
     exponents = first_exponents(LAYOUT)
     rows = [[1.0] * 6, [1e30] + [1.0] * 5, [1.0] * 5 + [1e30]]
     assert [part.exceeding for part in parts_of(rows)] == [(), (0,), (1,)]
-    assert quantise(LAYOUT, tensors_of([1e30] * 6), scales(LAYOUT, exponents), 1).exceeding == (0, 1)
+    assert quantise(LAYOUT, tensors_of([1e30] * 6), exponents, 1).exceeding == (0, 1)
 
 
 def test_a_part_that_is_too_large_fits_after_a_few_coarser_tries():
     exponents = first_exponents(LAYOUT)
     tries = 0
-    while not quantise(LAYOUT, tensors_of([1e30] * 6), scales(LAYOUT, exponents), 16).fits:
+    while not quantise(LAYOUT, tensors_of([1e30] * 6), exponents, 16).fits:
         exponents, tries = coarser(exponents, [0, 1]), tries + 1
     assert tries == math.ceil((math.log2(1e30) + FIRST_EXPONENT - (HEADROOM_BITS - 4)) / COARSER_BITS)
 
@@ -216,7 +224,7 @@ def test_a_part_that_is_too_large_fits_after_a_few_coarser_tries():
 @settings(deadline=None, max_examples=100)
 def test_next_exponents_bring_the_largest_element_to_its_target(x, y, exponent):
     total = np.array([x, y, 0, 0, 0, 0], dtype=np.int64)
-    found = next_exponents(LAYOUT, total, np.full(2, exponent))
+    found = exponents_after(LAYOUT, total, np.full(2, exponent))
     largest = max(abs(x), abs(y))
     finer = max(exponent, min(exponent + FINER_BITS, FINEST))
     assert found[1] == finer  # a tensor whose sum is zero was perhaps too small
@@ -229,27 +237,27 @@ def test_next_exponents_bring_the_largest_element_to_its_target(x, y, exponent):
 
 def test_exponents_stay_within_what_float64_can_scale():
     one = np.array([1, 0, 2**60, 0, 0, 0], dtype=np.int64)
-    assert next_exponents(LAYOUT, one, np.array([HIGHEST, LOWEST])).tolist() == [HIGHEST, LOWEST]
+    assert exponents_after(LAYOUT, one, np.array([HIGHEST, LOWEST])).tolist() == [HIGHEST, LOWEST]
     assert scales(LAYOUT, np.array([HIGHEST, LOWEST])).isfinite().all()
 
 
 def test_the_most_negative_integer_has_a_magnitude():
     total = np.array([-(2**63), 0, 0, 0, 0, 0], dtype=np.int64)
-    assert next_exponents(LAYOUT, total, np.full(2, 10))[0] == 10 + TARGET_BITS - 64
+    assert exponents_after(LAYOUT, total, np.full(2, 10))[0] == 10 + TARGET_BITS - 64
 
 
 def test_zero_tensors():
     parts = parts_of([[0.0] * 6] * 3)
     total = sum(part.q for part in parts)
     assert all(part.finite and part.fits for part in parts)
-    assert next_exponents(LAYOUT, total, first_exponents(LAYOUT)).tolist() == [FIRST_EXPONENT + FINER_BITS] * 2
+    assert exponents_after(LAYOUT, total, first_exponents(LAYOUT)).tolist() == [FIRST_EXPONENT + FINER_BITS] * 2
     assert not dequantise(LAYOUT, total, first_exponents(LAYOUT)).any()
 
 
 def test_each_tensor_has_its_own_scale():
-    found = scales(LAYOUT, np.array([3, -2]))
-    assert found.tolist() == [8.0, 8.0, 0.25, 0.25, 0.25, 0.25]
-    q = quantise(LAYOUT, tensors_of([1.0, 2.0, 4.0, 8.0, 12.0, 16.0]), found, 1).q
+    exponents = np.array([3, -2])
+    assert scales(LAYOUT, exponents).tolist() == [8.0, 8.0, 0.25, 0.25, 0.25, 0.25]
+    q = quantise(LAYOUT, tensors_of([1.0, 2.0, 4.0, 8.0, 12.0, 16.0]), exponents, 1).q
     assert q.tolist() == [8, 16, 1, 2, 3, 4]
     back = LAYOUT.split(dequantise(LAYOUT, q, np.array([3, -2])))
     assert back["b"].tolist() == [[4.0, 8.0], [12.0, 16.0]]
@@ -257,11 +265,11 @@ def test_each_tensor_has_its_own_scale():
 
 def test_quantising_leaves_its_input_alone():
     given_tensors = tensors_of([0.1] * 6)
-    quantise(LAYOUT, given_tensors, scales(LAYOUT, first_exponents(LAYOUT)), 1)
+    quantise(LAYOUT, given_tensors, first_exponents(LAYOUT), 1)
     assert all((value == 0.1).all() for value in given_tensors.values())
     single = Layout(("a",), ((3,),))
     tensor = torch.full((3,), 0.1, dtype=torch.float64)
-    quantise(single, {"a": tensor}, torch.ones(3).double(), 1)
+    quantise(single, {"a": tensor}, np.zeros(1, dtype=np.int64), 1)
     assert (tensor == 0.1).all()
 
 
@@ -273,3 +281,73 @@ def test_dequantising_block_by_block_is_dequantising_at_once():
     at_once = torch.from_numpy(total.astype(np.float64)) / scales(layout, exponents)
     assert torch.equal(dequantise(layout, total, exponents), at_once)
     assert torch.equal(dequantise(layout, total, exponents, 12), at_once / 12)
+
+
+def layout_of(sizes):
+    return Layout(tuple(f"{number:03}" for number in range(len(sizes))), tuple((size,) for size in sizes))
+
+
+def spread_out(layout, seed, least, most):
+    """Random numbers of every magnitude in between, some of them halfway between two integers, and zeros."""
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal(layout.total) * np.exp2(rng.uniform(least, most, layout.total))
+    values[rng.random(layout.total) < 0.2] = 0.0
+    halfway = rng.random(layout.total) < 0.2
+    values[halfway] = np.rint(values[halfway]) + 0.5
+    return torch.from_numpy(values)
+
+
+several_sizes = st.lists(st.sampled_from([0, 1, 2, 3, 31, 63, 64, 65, 127, 128, 129, 200]), min_size=1, max_size=8)
+
+
+@given(several_sizes, st.integers(0, 1000), st.sampled_from([30, 45, 48, 50, 56]), st.booleans())
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_quantising_block_by_block_is_quantising_at_once(small_blocks, sizes, seed, most, narrow):
+    layout, rng = layout_of(sizes), np.random.default_rng(seed)
+    exponents = rng.integers(-3, 4, len(sizes))
+    tensors = layout.split(spread_out(layout, seed, most - 60, most))
+    if narrow:
+        tensors = {name: value.float() for name, value in tensors.items()}
+    at_once = (layout.flatten(tensors).double() * scales(layout, exponents)).round().long().numpy()
+    part = quantise(layout, tensors, exponents, 1)
+    assert part.fits
+    assert part.q.tobytes() == at_once.tobytes()
+    there = np.full(layout.total, -1)
+    assert quantise(layout, tensors, exponents, 1, there).q is there
+    assert there.tobytes() == at_once.tobytes()
+
+
+@pytest.mark.parametrize("value", [SMALL, SMALL - 0.5, SMALL - 1.5, SMALL + 1, 0.5, 1.5, 2.5, 0.0, 2.0**61])
+def test_the_ends_of_what_is_rounded_by_an_addition(value):
+    for sign in (1, -1):
+        tensors = tensors_of([sign * value, 0.25, -0.5, 0.5, -1.5, -0.0])
+        expected = torch.cat([tensor.reshape(-1) for tensor in tensors.values()]).round().long().tolist()
+        assert quantise(LAYOUT, tensors, np.zeros(2, dtype=np.int64), 1).q.tolist() == expected
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e300])
+def test_what_does_not_fit_is_zero_in_given_memory_too(small_blocks, value):
+    layout = layout_of([200, 3])
+    for position in (0, 70, 199, 202):
+        flat = torch.ones(203).double()
+        flat[position] = value
+        there = np.full(203, -1)
+        part = quantise(layout, layout.split(flat), np.full(2, 40), 1, there)
+        assert (part.fits, part.finite) == (False, value == 1e300)
+        assert part.exceeding == ((position // 200,) if math.isfinite(value) else part.exceeding)
+        assert part.q is there
+        assert not there.any()
+
+
+@given(several_sizes, st.integers(0, 1000), st.sampled_from([1, 2, 3, 4, 7, 12, 32, 1000]), st.integers(1, 63))
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_means_and_magnitudes_block_by_block_are_those_at_once(small_blocks, sizes, seed, parts, bits):
+    layout, rng = layout_of(sizes), np.random.default_rng(seed)
+    total = rng.integers(-(2**bits), 2**bits, layout.total) >> rng.integers(0, 63, layout.total)
+    exponents = rng.integers(LOWEST, HIGHEST + 1, len(sizes))
+    means = Means(layout, total)
+    found = means.whole(exponents, parts)
+    plain = total.astype(np.float64) * np.repeat(np.ldexp(1.0, -exponents.astype(np.int32)), sizes) / parts
+    assert found.numpy().tobytes() == plain.tobytes()
+    each = np.split(total, np.cumsum(sizes)[:-1])
+    assert means.largest == [max(map(abs, one.tolist()), default=0) for one in each]

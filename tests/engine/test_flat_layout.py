@@ -35,6 +35,29 @@ def test_flatten_and_back():
     assert torch.equal(layout.flatten({"b.weight": TENSORS["b.weight"].T.contiguous().T, **TENSORS}), flat)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "runs"),
+    [
+        ([], []),
+        ([0], []),
+        ([64], [(0,)]),
+        ([65], [(0,)]),
+        ([1, 2, 3], [(0, 1, 2)]),
+        ([60, 4, 1, 63, 1], [(0, 1), (2, 3), (4,)]),
+        ([0, 65, 0, 1, 200, 63, 0, 1, 0], [(1,), (3,), (4,), (5, 7)]),
+    ],
+)
+def test_runs_are_small_tensors_of_one_block_or_a_single_large_one(small_blocks, sizes, runs):
+    layout = Layout(tuple(f"{number}" for number in range(len(sizes))), tuple((size,) for size in sizes))
+    assert [run.tensors for run in layout.runs] == runs
+    ends = np.cumsum(sizes)
+    parts = [(run.at.start + part.start, run.at.start + part.stop) for run in layout.runs for part in run.parts]
+    assert parts == [(end - size, end) for end, size in zip(ends, sizes, strict=True) if size]
+    assert all(run.starts == tuple(part.start for part in run.parts) for run in layout.runs)
+    every = [index for run in layout.runs for block in run.blocks() for index in range(block.start, block.stop)]
+    assert every == list(range(layout.total))
+
+
 def test_split_is_views_and_unflatten_is_copies():
     layout = Layout.of(TENSORS)
     flat = layout.flatten(TENSORS)

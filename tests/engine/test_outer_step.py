@@ -2,10 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from metadist.config import Outer
+from metadist.engine.layout import BLOCK
 from metadist.engine.outer import STATE_MOMENTUM, OuterStep, learning_rate, moved_state
 
 OPTIMIZERS = {
@@ -116,6 +120,109 @@ def test_clipping_a_zero_gradient():
     still = OuterStep(outer(optimizer="sgd", clip=1.0), start())
     assert still.step({n: torch.zeros_like(v) for n, v in start().items()}, 0) == 0
     assert all(torch.equal(still.theta[n], v) for n, v in start().items())
+
+
+# --- blocks --------------------------------------------------------------------
+
+shapes = st.lists(
+    st.sampled_from([(), (0,), (1,), (3, 2), (31,), (64,), (5, 13), (127,), (2, 64), (3, 43), (1000,)]),
+    min_size=1, max_size=6,
+)  # fmt: skip
+
+
+def drawn(shapes, seed, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    each = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return {f"w{number}": value.to(dtype) for number, value in enumerate(each)}
+
+
+class Plain:
+    """The outer step on one flat tensor, every pass over all of it."""
+
+    def __init__(self, settings, make, theta):
+        self.outer, self.names = outer(**settings), sorted(theta)
+        self.flat = self.flatten(theta).requires_grad_()
+        self.optimizer = make([self.flat])
+        self.optimizer.param_groups[0]["foreach"] = False
+
+    def flatten(self, tensors):
+        return torch.cat([tensors[name].reshape(-1) for name in self.names])
+
+    def step(self, gradient, step):
+        norm = math.sqrt(sum(float(gradient[name].square().sum()) for name in self.names))
+        factor = self.outer.clip / norm if self.outer.clip is not None and norm > self.outer.clip else 1.0
+        self.flat.grad = self.flatten({n: (g * factor).to(self.flat.dtype) for n, g in gradient.items()})
+        for group in self.optimizer.param_groups:
+            group["lr"], group["weight_decay"] = learning_rate(self.outer, step), self.outer.weight_decay
+        self.optimizer.step()
+        return norm
+
+    def memory(self, shapes):
+        """As a checkpoint has it."""
+        found = {}
+        for key, value in self.optimizer.state_dict()["state"].get(0, {}).items():
+            if value is not None and value.shape == self.flat.shape:
+                parts = torch.split(value, [math.prod(shape) for shape in shapes])
+                found |= {f"{key}.{n}": p.reshape(s) for n, p, s in zip(self.names, parts, shapes, strict=True)}
+            elif value is not None:
+                found[key] = value
+        return found
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape)
+        assert found[name].numpy().tobytes() == value.detach().numpy().tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@given(shapes, st.integers(0, 1000), st.sampled_from([None, 0.1, 1e9]))
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_blocks_change_no_bit(small_blocks, name, dtype, shapes, seed, clip):
+    """Of θ, norm and memory against the same optimizer on one flat tensor, whose memory continues in blocks."""
+    chosen, make = OPTIMIZERS[name]
+    chosen = {**chosen, "schedule": "cosine", "steps": 9, "warmup": 2, "clip": clip}
+    theta = drawn(shapes, seed, dtype)
+    plain, blocked = Plain(chosen, make, theta), OuterStep(outer(**chosen), theta)
+    resumed = None
+    for step in range(6):
+        gradient = drawn(shapes, 7 * seed + step)
+        expected = plain.step(gradient, step)
+        for one in (blocked, *([resumed] if resumed else [])):
+            assert one.step(gradient, step) == expected
+            assert one.flat.numpy().tobytes() == plain.flat.detach().numpy().tobytes()
+            same(one.memory(), plain.memory(shapes))
+        if step == 2:
+            resumed = OuterStep(outer(**chosen), blocked.theta)
+            resumed.remember(plain.memory(shapes))
+
+
+def test_blocks_as_large_as_they_are_change_no_bit():
+    chosen, make = OPTIMIZERS["adam"]
+    shapes = [(3, 7), (BLOCK + 1,), (2, BLOCK // 2), (BLOCK * 2 + 77,), (), (5,)]
+    theta = drawn(shapes, 0, torch.float32)
+    plain, blocked = Plain(chosen, make, theta), OuterStep(outer(**chosen), theta)
+    for step in range(3):
+        gradient = drawn(shapes, 1 + step)
+        assert blocked.step(gradient, step) == plain.step(gradient, step)
+        assert blocked.flat.numpy().tobytes() == plain.flat.detach().numpy().tobytes()
+        same(blocked.memory(), plain.memory(shapes))
+
+
+@given(shapes, st.integers(0, 1000))
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_squares_are_one_sum_for_each_tensor(small_blocks, shapes, seed):
+    gradient, moving = drawn(shapes, seed), OuterStep(outer(), drawn(shapes, 0))
+    flat = moving.layout.flatten(gradient)
+    scratch = np.full(flat.numel(), np.nan)
+
+    def block_of(run, block):
+        scratch[: block.stop - block.start] = flat[block].numpy()  # each overwrites the one before
+        return torch.from_numpy(scratch)[: block.stop - block.start]
+
+    assert moving.take(block_of) == [float(gradient[name].square().sum()) for name in moving.layout.names]
 
 
 # --- schedules -----------------------------------------------------------------

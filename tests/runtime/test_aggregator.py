@@ -10,7 +10,8 @@ from metadist.data.sources import prepare
 from metadist.engine.engine import Blueprint
 from metadist.engine.exact import COARSER_BITS, FIRST_EXPONENT
 from metadist.engine.layout import sha256
-from metadist.runtime.aggregator import Aggregator, Snapshot, sealed
+from metadist.runtime.aggregator import Aggregator, Snapshot, Sum, joined, sealed
+from metadist.runtime.cut import cut
 from metadist.runtime.worker import Worker
 
 IMAGE = (1, 4, 4)
@@ -88,6 +89,75 @@ def test_repeated_and_late_shards_are_dropped(config: Config) -> None:
         report, _ = aggregator.apply(step)
         assert report.duplicates == 4 * SHARDS
     assert bits(aggregator.snapshot()) == bits(clean.snapshot())
+
+
+def test_several_sums_at_once_are_those_one_by_one(config: Config, small_blocks: None) -> None:
+    one, other = Aggregator(config, IMAGE), Aggregator(config, IMAGE)
+    for step, groups in enumerate(([(0, 1, 2, 3)], [(2,), (3, 0, 1)], [(0,), (1,), (2, 3)])):
+        take(one, step, [0, 1, 2, 3])
+        for group in groups:
+            q = [sums(config, step, shard) for shard in group]
+            several = [Sum([shard], each, sealed(each)) for shard, each in zip(group, q, strict=True)]
+            assert other.add_all(step, 0, several) == [True] * len(group)
+        assert other.add_all(step, 0, []) == []
+        other.apply(step)
+        assert bits(other.snapshot()) == bits(one.snapshot())
+
+
+@pytest.mark.parametrize("wrong", [[0], [1], [3], [0, 1], [0, 1, 2, 3]])
+def test_of_several_sums_those_that_are_damaged_or_twice_are_dropped(config: Config, wrong: list[int]) -> None:
+    aggregator, clean = Aggregator(config, IMAGE), Aggregator(config, IMAGE)
+    several = [Sum([shard], q, sealed(q)) for shard in range(SHARDS) for q in [sums(config, 0, shard)]]
+    sent = [one._replace(q=one.q + (number in wrong)) for number, one in enumerate(several)]
+    sent += [several[2], Sum([SHARDS], np.zeros(3)), *sent[:1]]
+    found = aggregator.add_all(0, 0, sent)
+    assert found == [shard not in wrong for shard in range(SHARDS)] + [False] * 3
+    assert aggregator.duplicates == len(wrong) + 3
+    assert aggregator.add_all(1, 0, several) == [False] * SHARDS, "of another step"
+    assert aggregator.add_all(0, 0, [several[shard] for shard in wrong]) == [True] * len(wrong)
+    report, _ = aggregator.apply(0)
+    assert (report.missing, report.bytes) == ((), (10 + len(wrong)) * sent[0].q.nbytes + 3 * 8)
+    take(clean, 0, [0, 1, 2, 3])
+    assert bits(aggregator.snapshot()) == bits(clean.snapshot())
+
+
+def test_broadcast_writes_where_it_is_told(config: Config) -> None:
+    aggregator = Aggregator(config.with_values(model={"statistics": "running"}, task={"transductive": False}), IMAGE)
+    values = aggregator.broadcast().values
+    there = np.zeros_like(values)
+    found = aggregator.broadcast(there)
+    assert np.shares_memory(found.values, there)
+    assert there.tobytes() == found.values.tobytes() == values.tobytes()
+    take(aggregator, 0, [0, 1, 2, 3])
+    assert there.tobytes() == values.tobytes(), "the next step does not move it"
+
+
+@pytest.mark.parametrize("outer", OUTERS.values(), ids=OUTERS)
+@pytest.mark.parametrize("statistics", ["support", "running"])
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_a_step_in_blocks_is_a_step_over_all_of_theta_at_once(
+    config: Config, outer: dict[str, object], statistics: str, pieces: int
+) -> None:
+    """The bits of a large network do not depend on how much of it is worked on at a time."""
+    config = config.with_values(outer=outer, model={"statistics": statistics, "width": 5})
+    config = config.with_values(task={"transductive": statistics == "support"})
+    found = []
+    for size in (64, 1 << 17):
+        with pytest.MonkeyPatch.context() as patch:
+            for module in ("layout", "exact", "outer"):
+                patch.setattr(f"metadist.engine.{module}.BLOCK", size)
+            blueprint = Blueprint(config, IMAGE)
+            parts = cut(blueprint, pieces)
+            aggregators = [Aggregator(config, IMAGE, None, 0, piece, pieces) for piece in range(pieces)]
+            assert (len(aggregators[0].outer.layout.runs) > 1) == (size == 64)
+            for step in range(5):
+                for piece, aggregator in zip(parts, aggregators, strict=True):
+                    for shard in range(SHARDS):
+                        assert aggregator.add(step, 0, [shard], piece.part(sums(config, step, shard)))
+                squares = [one.squares(step) for one in aggregators] if pieces > 1 else []
+                reports = [one.apply(step, *squares)[0]._replace(spans=()) for one in aggregators]
+            found.append((reports, bits(joined(parts, [one.snapshot() for one in aggregators]))))
+    assert repr(found[0]) == repr(found[1])
 
 
 DAMAGES = {
