@@ -130,23 +130,36 @@ class Engine:
         found: np.ndarray = self.blueprint.sums.flatten(self.sums(theta, state, step, shard)).detach().cpu().numpy()
         return found
 
-    def part(self, values: np.ndarray, exponents: np.ndarray, step: int, shard: int) -> Part:
-        """One shard's sums as integers: a pure function of its arguments and the config."""
+    def part(
+        self, values: np.ndarray, exponents: np.ndarray, step: int, shard: int, out: np.ndarray | None = None
+    ) -> Part:
+        """One shard's sums as integers: a pure function of its arguments and the config.
+
+        out: int64 [total], where they may be written to.
+        """
         if self.programs is not None:
             return self.programs.at(step)(values, exponents, step, shard * self.shard_tasks)
         theta, state = self.blueprint.named(values, self.device)
         sums = self.sums(theta, state, step, shard)
         with self.spans.of("sum"):
-            return quantise(self.blueprint.sums, sums, exponents, self.shards)
+            return quantise(self.blueprint.sums, sums, exponents, self.shards, out)
 
-    def sent(self, values: np.ndarray, exponents: np.ndarray, step: int, number: int, lane: Lane) -> tuple[Part, Lane]:
+    def sent(
+        self,
+        values: np.ndarray,
+        exponents: np.ndarray,
+        step: int,
+        number: int,
+        lane: Lane,
+        out: np.ndarray | None = None,
+    ) -> tuple[Part, Lane]:
         """What a lane, a shard or a replica, sends to the aggregator, and what it carries on: a pure function.
 
         Where `outer.compression` says so, `q` is the payload, uint8; whether it fits is
         judged by what it decompresses to.
         """
         if self.config.outer.local is None and self.blueprint.compression is None:
-            return self.part(values, exponents, step, number), {}
+            return self.part(values, exponents, step, number, out), {}
         theta, state = self.blueprint.named(values, self.device)
         carried = {name: torch.from_numpy(np.array(value)) for name, value in lane.items()}
         memory: dict[str, Tensor] = {}

@@ -15,6 +15,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from metadist.config import Config
 from metadist.engine.device import keep_all_memory
 from metadist.engine.engine import Blueprint
 from metadist.runtime import aggregator, combiner
-from metadist.runtime.aggregator import Broadcast, Position, Report, Snapshot, joined
+from metadist.runtime.aggregator import Position, Report, Snapshot, Sum, joined
 from metadist.runtime.cluster import first_line
 from metadist.runtime.combiner import Gathered
 from metadist.runtime.cut import cut, topology
@@ -41,31 +42,49 @@ class Aggregator(Watched, Reached, aggregator.Aggregator):
 
     def __init__(self, linger: float | None, *arguments: Any) -> None:
         keep_all_memory()
-        self._spaces, self._board = Spaces(), Board()
         super().__init__(linger, *arguments)
+        self._spaces, self._waiting = Spaces(), list[tuple[int, int, Collection[int], Shared, int]]()
+        self._board = Board(self.outer.flat.numpy().dtype.str, self.piece.values.total)
 
     def publish(self) -> Published:
         """θ_t in shared memory."""
-        return self._published(self.broadcast())
+        return Published(self.step, self.attempt, self._board.publish(self.step, self.broadcast), self.exponents)
 
-    def _published(self, found: Broadcast) -> Published:
-        return Published(found.step, found.attempt, self._board.publish(found.step, found.values), found.exponents)
+    def add_here(self, *told: Any) -> None:
+        """`add` by the line: step, attempt, shards, where their sum is, its seal. What waits is added together."""
+        self._waiting.append(told)
+        if not self.more:
+            self._add_waiting()
 
-    def add_here(self, step: int, attempt: int, shards: Collection[int], shared: Shared, seal: int) -> None:
-        """Count a sum in shared memory. One that died with its worker is missing when the step is to be taken."""
-        with contextlib.suppress(Gone):
-            head, q = self._spaces.read(shared)
-            self.add(step, attempt, shards, q, seal)
-            head[0] = Outbox.READ
+    def _add_waiting(self) -> None:
+        """A sum that died with its worker is missing when the step is to be taken."""
+        waiting, self._waiting = self._waiting, []
+        for (step, attempt), same in groupby(waiting, lambda told: told[:2]):
+            sums, heads = list[Sum](), list[np.ndarray]()
+            for _, _, shards, shared, seal in same:
+                with contextlib.suppress(Gone):
+                    head, q = self._spaces.read(shared)
+                    sums.append(Sum(shards, q, seal))
+                    heads.append(head)
+            self.add_all(step, attempt, sums)
+            for head in heads:
+                head[0] = Outbox.READ
 
     def redo_here(self, step: int, attempt: int, exceeding: Collection[int]) -> Published:
         """`redo` by the line."""
-        return self._published(self.redo(step, attempt, exceeding))
+        self._add_waiting()
+        self.redo(step, attempt, exceeding)
+        return self.publish()
 
     def apply_here(self, step: int) -> tuple[Report, Published]:
         """`apply` by the line."""
-        report, broadcast = self.apply(step)
-        return report, self._published(broadcast)
+        self._add_waiting()
+        return self.outer_step(step), self.publish()
+
+    def serve(self, session: int) -> None:
+        """What came by the line is done before what comes by Ray."""
+        super().serve(session)
+        self._add_waiting()
 
 
 class Combiner(Watched, combiner.Combiner):

@@ -241,17 +241,21 @@ class Aggregator:
 
         squares: those of every piece in turn, where there are several; where one has none, none moves.
         """
+        return self.outer_step(step, *squares), self.broadcast()
+
+    def outer_step(self, step: int, *squares: Sequence[float] | None) -> Report:
+        """The same, without θ_{t+1}."""
         missing, whole = self._missing(step), [one for piece in squares if piece is not None for one in piece]
         if missing or None in squares:
             nan = float("nan")
-            return Report(step, nan, nan, nan, 0.0, True, missing, self.duplicates), self.broadcast()
+            return Report(step, nan, nan, nan, 0.0, True, missing, self.duplicates)
         (gradient, own), duplicates, received = self._taken(), self.duplicates, self.bytes
         means = self._means.whole(self.exponents[self._tensors :], self.config.averaged)
         largest = self._gradients.largest + self._means.largest
         self.exponents = next_exponents(self.piece.sums, self.exponents, largest)
         report = self._move(gradient, whole or own, means)._replace(duplicates=duplicates, bytes=received)
         self.reports.append(report._replace(spans=()))
-        return report, self.broadcast()
+        return report
 
     def move(self, mean: Tensor) -> Report:
         """Take the outer step by the mean, over tasks or replicas, of all that is summed, float64 [total]."""

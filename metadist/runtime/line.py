@@ -47,7 +47,7 @@ class Reached:
 
     _listening: socket.socket | None = None
     _line: Connection | None = None
-    _taken = 0
+    _calls_taken = 0
 
     def listen(self) -> Address | None:
         """Where the driver finds the line; None where there are none. An earlier line, of another driver, ends."""
@@ -56,7 +56,7 @@ class Reached:
         for old in (self._listening, self._line):
             if old is not None:
                 old.close()
-        self._line, self._taken = None, 0
+        self._line, self._calls_taken = None, 0
         name = f"\0metadist-{uuid.uuid4().hex}"
         self._listening = socket.socket(socket.AF_UNIX)
         self._listening.bind(name)
@@ -77,16 +77,21 @@ class Reached:
                     if ticket == session:  # else it is of a session that had ended already
                         break
                     continue
-                self._taken += 1
+                self._calls_taken += 1
                 answer = getattr(self, method)(*arguments)
                 if ticket is not None:
                     line.send((ticket, answer))
-            line.send((None, (session, self._taken)))
+            line.send((None, (session, self._calls_taken)))
         except (EOFError, OSError):  # the driver is gone
             line.close()
         except BaseException:
             line.close()  # this call tells
             raise
+
+    @property
+    def more(self) -> bool:
+        """Whether something comes by the line already, behind what is done now."""
+        return self._line is not None and self._line.poll()
 
     def _accepted(self) -> Connection:
         assert self._listening is not None, "listen comes before serve"

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
+
 from metadist.config import Config
 from metadist.engine.fingerprint import differences
 from metadist.errors import ClusterError, MetadistError
@@ -96,15 +98,22 @@ class Worker(Reached, worker.Worker):
             head, values = self._spaces.read(published.values)
         except Gone:  # the aggregator
             return late, None
+        blueprint, broadcast = self.engine.blueprint, Broadcast(*published[:2], values, published.exponents)
+        size = blueprint.sums.total if blueprint.compression is None else 0  # payloads are put there afterwards
+        space = self._outbox.place(step, 8 * size)
+        into = space.array("<i8", size) if size else None
         try:
-            receipt, q = self.compute(Broadcast(*published[:2], values, published.exponents), step, attempt, shards)
+            receipt, q = self.compute(broadcast, step, attempt, shards, into=into)
         except Exception:
             if head[0] != published.step:
                 return late, None
             raise
         if head[0] != published.step:  # one that was stopped for two steps; nobody waits for its answer
             return late, None
-        return receipt, self._outbox.put(step, q) if receipt.summed else None
+        if into is None or not np.may_share_memory(q, into):
+            space = self._outbox.place(step, q.nbytes)
+            space.array(q.dtype.str, len(q))[:] = q
+        return receipt, space.shared(q.dtype.str, len(q))
 
 
 class Pool:

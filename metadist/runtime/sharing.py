@@ -8,6 +8,7 @@ import mmap
 import os
 import stat
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -108,37 +109,29 @@ class Outbox:
     def __init__(self) -> None:
         self._places: list[tuple[Space, int]] = []
 
-    def put(self, step: int, numbers: np.ndarray) -> Shared:
-        """A copy of one-dimensional numbers, for this step."""
-        space = self._place(step, numbers.nbytes)
-        space.array(numbers.dtype.str, len(numbers))[:] = numbers
-        space.head[0] = self.WAITING
-        return space.shared(numbers.dtype.str, len(numbers))
-
-    def _place(self, step: int, size: int) -> Space:
-        for number, (space, used) in enumerate(self._places):
-            if (used != step or space.head[0] == self.READ) and space.bytes >= HEAD + size:
-                self._places[number] = space, step
-                return space
-        self._places.append((Space(size), step))
-        return self._places[-1][0]
+    def place(self, step: int, size: int) -> Space:
+        """Where so many bytes of this step may be written."""
+        free = (space for space, used in self._places if used != step or space.head[0] == self.READ)
+        found = next((space for space in free if space.bytes >= HEAD + size), None) or Space(size)
+        self._places = [(space, used) for space, used in self._places if space is not found] + [(found, step)]
+        found.head[0] = self.WAITING
+        return found
 
 
 class Board:
     """Parameters for whoever reads them: those of step t stay until those of t + 2 are written over them."""
 
-    def __init__(self) -> None:
-        self._spaces: list[Space] = []
+    def __init__(self, dtype: str, length: int) -> None:
+        self._dtype, self._length = dtype, length
+        self._spaces = [Space(np.dtype(dtype).itemsize * length) for _ in range(2)]
+        for space in self._spaces:
+            space.head[0] = -1
 
-    def publish(self, step: int, values: np.ndarray) -> Shared:
-        """Flat values [total] of a step; written once."""
-        if not self._spaces:
-            self._spaces = [Space(values.nbytes) for _ in range(2)]
-            for space in self._spaces:
-                space.head[0] = -1
+    def publish(self, step: int, write: Callable[[np.ndarray], object]) -> Shared:
+        """Flat values [total] of a step, as `write` writes them; once."""
         space = self._spaces[step % 2]
         if space.head[0] != step:
             space.head[0] = -1
-            space.array(values.dtype.str, len(values))[:] = values
+            write(space.array(self._dtype, self._length))
             space.head[0] = step
-        return space.shared(values.dtype.str, len(values))
+        return space.shared(self._dtype, self._length)

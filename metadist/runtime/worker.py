@@ -117,13 +117,20 @@ class Worker:
         )
 
     def compute(
-        self, broadcast: Broadcast, step: int, attempt: int, shards: Sequence[int], *others: Any
+        self,
+        broadcast: Broadcast,
+        step: int,
+        attempt: int,
+        shards: Sequence[int],
+        *others: Any,
+        into: np.ndarray | None = None,
     ) -> tuple[Any, ...]:
         """Some shards of one step: a receipt, their sum, a part for every piece of θ, and the lanes afterwards.
 
         broadcast, others: of all the pieces in turn (`cluster.aggregators`), and what each shard carries, if they
         carry anything; with `outer.local` a shard is a replica. Compressed, it is not their sum but their payloads,
-        one behind the other. Nothing is computed from a broadcast of another step.
+        one behind the other. Nothing is computed from a broadcast of another step. into: int64 [total], where the only
+        sum is to lie.
         """
         pieces = cut(self.engine.blueprint, topology(self.config.cluster, self.engine.blueprint).aggregators)
         broadcasts: tuple[Broadcast, ...] = (broadcast, *others[: len(pieces) - 1])
@@ -131,31 +138,33 @@ class Worker:
         none = np.zeros(0, dtype=np.int64)
         if any((one.step, one.attempt) != (step, attempt) for one in broadcasts):
             return Receipt(os.getpid(), (), (), (), False, ()), *(none for _ in pieces), *lanes
-        parts, after, summed, not_finite, exceeding = [], [], [], [], set[int]()
+        after, summed, not_finite, exceeding = list[Lane](), list[int](), list[int](), set[int]()
+        total: np.ndarray | None = None
         with self.engine.spans.of("adapting"):
             values = assembled(pieces, [one.values for one in broadcasts], self.engine.blueprint.values.total)
             exponents = gathered_exponents(pieces, [one.exponents for one in broadcasts])
             for shard, lane in zip(shards, lanes or [{}] * len(shards), strict=True):
-                part, carried = self.engine.sent(values, exponents, step, shard, lane)
+                part, carried = self.engine.sent(values, exponents, step, shard, lane, into if total is None else None)
                 if part.fits:
-                    parts.append(part.q)
+                    total = part.q if total is None else self._together(total, part.q)
                     summed.append(shard)
                 elif not part.finite:
                     not_finite.append(shard)
                 exceeding.update(part.exceeding if part.finite else ())
                 after.append(carried)
         with self.engine.spans.of("sum"):
-            total = self._together(parts)
-            sums = [none if total is None else piece.part(total, len(parts)) for piece in pieces]
+            sums = [none if total is None else piece.part(total, len(summed)) for piece in pieces]
             seals = tuple(sealed(one) for one in sums)
         wrong = tuple(not_finite), tuple(sorted(exceeding))
         receipt = Receipt(os.getpid(), tuple(summed), *wrong, True, seals, self.engine.spans.take())
         return receipt, *sums, *after[: len(lanes)]
 
-    def _together(self, parts: list[np.ndarray]) -> np.ndarray | None:
-        if not parts:
-            return None
-        return sum(parts[1:], parts[0]) if self.engine.blueprint.compression is None else np.concatenate(parts)
+    def _together(self, total: np.ndarray, q: np.ndarray) -> np.ndarray:
+        """The sum of both, where the first one is; or both payloads."""
+        if self.engine.blueprint.compression is not None:
+            return np.concatenate([total, q])
+        total += q
+        return total
 
     def sums(self, broadcast: Broadcast, step: int, shard: int) -> Floats:
         """One shard's float sums from whatever version of θ it is handed."""

@@ -10,10 +10,16 @@ from metadist.runtime import sharing
 from metadist.runtime.sharing import Board, Gone, Outbox, Shared, Spaces
 
 
+def put(box: Outbox, step: int, numbers: np.ndarray) -> Shared:
+    space = box.place(step, numbers.nbytes)
+    space.array(numbers.dtype.str, len(numbers))[:] = numbers
+    return space.shared(numbers.dtype.str, len(numbers))
+
+
 def owner(line: Connection) -> None:
     """A process with two numbers to hand over, until it hears something."""
     box = Outbox()
-    line.send(box.put(3, np.array([5, 7])))
+    line.send(put(box, 3, np.array([5, 7])))
     line.recv()
     line.send(int(box._places[0][0].head[0]))
     line.recv()
@@ -42,24 +48,28 @@ def test_between_processes() -> None:
 
 def test_a_place_is_used_again_when_nobody_will_read_it() -> None:
     box, reader = Outbox(), Spaces()
-    first = box.put(0, np.arange(4))
-    second = box.put(0, np.arange(4))
+    first = put(box, 0, np.arange(4))
+    second = put(box, 0, np.arange(4))
     assert first.file != second.file, "the first one is not read yet"
     reader.read(first)[0][0] = Outbox.READ
-    third = box.put(0, np.arange(3, dtype=np.uint8))
+    third = put(box, 0, np.arange(3, dtype=np.uint8))
     assert third.file == first.file
     assert reader.read(third)[1].tolist() == [0, 1, 2]
-    assert box.put(1, np.arange(4)).file in (first.file, second.file), "of another step"
-    assert box.put(1, np.arange(9)).file not in (first.file, second.file), "too large for them"
+    assert put(box, 1, np.arange(4)).file in (first.file, second.file), "of another step"
+    assert put(box, 1, np.arange(9)).file not in (first.file, second.file), "too large for them"
 
 
 def test_parameters_stay_for_two_steps() -> None:
-    board, reader = Board(), Spaces()
-    (zero, at_zero), (one, at_one) = (reader.read(board.publish(t, np.full(3, t))) for t in range(2))
+    board, reader = Board("<i8", 3), Spaces()
+
+    def publish(step: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        return reader.read(board.publish(step, lambda out: np.copyto(out, number)))
+
+    (zero, at_zero), (one, at_one) = publish(0, 0), publish(1, 1)
     assert (zero[0], one[0]) == (0, 1)
-    board.publish(1, np.full(3, 9))
+    publish(1, 9)
     assert at_one.tolist() == [1, 1, 1], "written once"
-    board.publish(2, np.full(3, 2))
+    publish(2, 2)
     assert (zero[0], at_zero.tolist()) == (2, [2, 2, 2])
     assert (one[0], at_one.tolist()) == (1, [1, 1, 1])
 
@@ -68,7 +78,7 @@ def test_few_are_kept_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharing, "KEPT", 8)
     box, reader = Outbox(), Spaces()
     for number in range(20):
-        assert reader.read(box.put(0, np.array([number])))[1].tolist() == [number]
+        assert reader.read(put(box, 0, np.array([number])))[1].tolist() == [number]
     assert len(reader._open) == 8
     context = multiprocessing.get_context("spawn")
     ours, theirs = multiprocessing.Pipe()
@@ -78,5 +88,5 @@ def test_few_are_kept_open(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process.pid in {pid for pid, *_ in reader._open}
     process.kill()
     process.join(10)
-    reader.read(box.put(0, np.array([21])))
+    reader.read(put(box, 0, np.array([21])))
     assert process.pid not in {pid for pid, *_ in reader._open}, "what the dead had is given back"
