@@ -69,10 +69,10 @@ class Reached:
         """Answer what is called by the line, until the driver says so, or for some time."""
         if self._line is None:
             self._line = self._accepted()
-        line, end = self._line, time.monotonic() + SECONDS
+        end = time.monotonic() + SECONDS
         try:
-            while (left := end - time.monotonic()) > 0 and line.poll(left):
-                ticket, method, arguments = line.recv()
+            while (call := self._called(end)) is not None:
+                ticket, method, arguments = call
                 if method is None:
                     if ticket == session:  # else it is of a session that had ended already
                         break
@@ -80,13 +80,25 @@ class Reached:
                 self._calls_taken += 1
                 answer = getattr(self, method)(*arguments)
                 if ticket is not None:
-                    line.send((ticket, answer))
-            line.send((None, (session, self._calls_taken)))
-        except (EOFError, OSError):  # the driver is gone
-            line.close()
+                    self._say(ticket, answer)
+            self._say(None, (session, self._calls_taken))
         except BaseException:
-            line.close()  # this call tells
+            self._line.close()  # this call tells
             raise
+
+    def _called(self, end: float) -> tuple[int | None, str | None, tuple[Any, ...]] | None:
+        """The next call; None where none comes until then, or the driver is gone."""
+        assert self._line is not None
+        with contextlib.suppress(EOFError, OSError):
+            if (left := end - time.monotonic()) > 0 and self._line.poll(left):
+                found: tuple[int | None, str | None, tuple[Any, ...]] = self._line.recv()
+                return found
+        return None
+
+    def _say(self, ticket: int | None, what: Any) -> None:
+        assert self._line is not None
+        with contextlib.suppress(OSError):  # the driver is gone
+            self._line.send((ticket, what))
 
     @property
     def more(self) -> bool:

@@ -19,7 +19,7 @@ def simulation(topology: Topology = TOPOLOGIES[0], workers: int = 20, costs: Cos
 
 
 def test_the_classes_are_those_that_train() -> None:
-    """What Ray runs as an actor is the very class that is simulated: its life and its line are added, nothing altered."""
+    """What Ray runs as an actor is the very class that is simulated; its life and its line alter nothing."""
     one = simulation()
     assert type(one.dispatcher) is dispatcher.Dispatcher is pool.Dispatcher
     assert {type(piece.aggregator) for piece in one.pieces} == {aggregator.Aggregator}

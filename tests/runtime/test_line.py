@@ -28,8 +28,8 @@ class Diary(Reached):
         self.notes.append(number)
         return len(self.notes)
 
-    def fail(self) -> None:
-        raise ValueError("a defect")
+    def fail(self, error: Exception) -> None:
+        raise error
 
 
 class Method:
@@ -141,10 +141,12 @@ def test_what_ray_asks_has_its_turn(diary: tuple[Diary, Actor, Line], monkeypatc
     assert of.notes.count(-1) == 1
 
 
-def test_a_defect_is_what_ray_tells(diary: tuple[Diary, Actor, Line], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ValueError("a defect"), OSError("a defect"), EOFError("a defect")], ids=repr)
+def test_a_defect_is_what_ray_tells(error: Exception, diary: tuple[Diary, Actor, Line]) -> None:
+    """Also one that looks like a broken line."""
     _, _, found = diary
-    ticket = found.call("fail")
-    with pytest.raises(ValueError, match="a defect"):
+    ticket = found.call("fail", error)
+    with pytest.raises(type(error), match="a defect"):
         found.answer(ticket)
 
 
