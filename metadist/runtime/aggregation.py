@@ -81,9 +81,8 @@ class Aggregator(Watched, Reached, aggregator.Aggregator):
         self._add_waiting()
         return self.outer_step(step), self.publish()
 
-    def serve(self, session: int) -> None:
-        """What came by the line is done before what comes by Ray."""
-        super().serve(session)
+    def served(self) -> None:
+        """Add what waits to be added."""
         self._add_waiting()
 
 

@@ -81,10 +81,14 @@ class Reached:
                 answer = getattr(self, method)(*arguments)
                 if ticket is not None:
                     self._say(ticket, answer)
+            self.served()
             self._say(None, (session, self._calls_taken))
         except BaseException:
             self._line.close()  # this call tells
             raise
+
+    def served(self) -> None:
+        """Before what was called by Ray has its turn: what came by the line and is not done yet."""
 
     def _called(self, end: float) -> tuple[int | None, str | None, tuple[Any, ...]] | None:
         """The next call; None where none comes until then, or the driver is gone."""
