@@ -38,6 +38,10 @@ FINEST = 130
 
 LOWEST, HIGHEST = -900, 900
 
+SMALL, ROUNDING = 2.0**51, 1.5 * 2.0**52
+"""ROUNDING plus a float64 of at most SMALL has no bits left for a fraction: the addition rounds, to nearest and
+ties to even. As an integer, the sum's bits are ROUNDING's plus the rounded number: quicker than a cast."""
+
 
 class Part(NamedTuple):
     """A quantised summand: q int64 [total], and what is wrong with it, if anything.
@@ -80,7 +84,7 @@ def quantise(
 ) -> Part:
     """round(x · 2^e) of all tensors in one flat buffer; `parts` is how many such buffers will be added.
 
-    out: int64 [total], where q is written to, if it is to lie in memory that is there.
+    out: int64 [total], contiguous, where q is written to, if it is to lie in memory that is there.
     """
     q = np.empty(layout.total, dtype=np.int64) if out is None else out
     on_cpu = all(tensors[name].device.type == "cpu" for name in layout.names)
@@ -92,12 +96,6 @@ def quantise(
         return found
     out[:] = found.q
     return found._replace(q=out)
-
-
-SMALL = 2.0**51
-ROUNDING = 1.5 * 2.0**52
-"""Added to a float64 up to `SMALL` it leaves no bits for a fraction: the sum is rounded to nearest, ties to even, and
-its bits as an integer are those of `ROUNDING` and the number that it was rounded to."""
 
 
 def _rounded_into(q: np.ndarray, layout: Layout, tensors: Mapping[str, Tensor], exponents: np.ndarray) -> float:

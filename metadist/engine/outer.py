@@ -57,11 +57,12 @@ class OuterStep:
         self.flat = self.layout.flatten(theta).detach()
         self.theta = self.layout.split(self.flat)
         self._gradient = torch.empty_like(self.flat)
-        self._squares = torch.empty(
-            max((run.at.stop - run.at.start for run in self.layout.runs), default=0), dtype=torch.float64
-        )
-        self._blocks = [block.requires_grad_() for block in torch.split(self.flat, BLOCK)]
-        for block, gradient in zip(self._blocks, torch.split(self._gradient, BLOCK), strict=True):
+        longest = max((run.at.stop - run.at.start for run in self.layout.runs), default=0)
+        self._squares = torch.empty(longest, dtype=torch.float64, device=self.flat.device)
+        # A GPU has no cache to speak of, and pays for every call.
+        self._block = BLOCK if self.flat.device.type == "cpu" else max(1, self.layout.total)
+        self._blocks = [block.requires_grad_() for block in torch.split(self.flat, self._block)]
+        for block, gradient in zip(self._blocks, torch.split(self._gradient, self._block), strict=True):
             block.grad = gradient
         # One plain kernel after the other: a fused or multi-tensor one may round differently.
         plain = {"lr": outer.lr, "weight_decay": outer.weight_decay, "foreach": False}
@@ -132,7 +133,7 @@ class OuterStep:
         slots = [{key: value.clone() for key, value in memory.items() if "." not in key} for _ in self._blocks]
         for key in {name.partition(".")[0] for name in memory if "." in name}:
             whole = self.layout.flatten({name: memory[f"{key}.{name}"] for name in self.layout.names})
-            for slot, block in zip(slots, torch.split(whole, BLOCK), strict=True):
+            for slot, block in zip(slots, torch.split(whole, self._block), strict=True):
                 slot[key] = block
         groups = self.optimizer.state_dict()["param_groups"]
         state = dict(enumerate(slots)) if memory else {}
