@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metadist.models.conv4 import BLOCKS, FEW_CHANNELS, Conv4
-from metadist.models.convolution import Windows, forwards, laid_out, product, to_images, to_weight
+from metadist.models.convolution import Windows, forwards, laid_out, product, summed, to_images, to_weight
 from metadist.models.network import Network, Params, Statistics
 from metadist.models.norm import EPSILON
 
@@ -129,6 +129,10 @@ class ClosedForm:
     def laid_out(self, params: Params) -> dict[str, Tensor]:
         """The same parameters in the layout that gradients have."""
         return {name: laid_out(value) if value.ndim == 4 else value for name, value in params.items()}
+
+    def summed(self, gradient: Params) -> dict[str, Tensor]:
+        """Over the tasks."""
+        return {name: summed(value) if value.ndim == 5 else value.sum(0) for name, value in gradient.items()}
 
     def images(self, x: Tensor) -> Images:
         """x: [tasks, n, channels, height, width]."""

@@ -165,7 +165,7 @@ def to_weight(windows: Windows, grad: Tensor, together: bool = False) -> Tensor:
         return weight.view(*weight.shape[:-1], 3, 3, x.shape[-1]).movedim(-4, -1)
     groups = _groups(some)
     found = _backwards(_nchw(grad, groups), windows.nchw(groups), _oihw(some), stride, groups, [False, True, False])[1]
-    return found.permute(0, 2, 3, 1).unflatten(0, (*own, grad.shape[-1])).movedim(-4, -1)
+    return found.permute(0, 2, 3, 1).reshape(*own, -1, *found.shape[2:], x.shape[-1]).movedim(-4, -1)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -176,6 +176,11 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def laid_out(weight: Tensor) -> Tensor:
     """The same [3, 3, in, out] with out the slowest axis in memory, which oneDNN reads and writes as it is."""
     return weight.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+
+
+def summed(weight: Tensor) -> Tensor:
+    """Over the tasks, of [tasks, 3, 3, in, out] so laid out, in the order of memory."""
+    return weight.movedim(-1, 1).sum(0).movedim(0, -1)
 
 
 def _groups(weight: Tensor) -> int:
@@ -199,7 +204,7 @@ def _nchw(x: Tensor, groups: int) -> Tensor:
 def _nhwc(found: Tensor, groups: int, shape: tuple[int, ...]) -> Tensor:
     """Back, to […, n, height, width, channels]."""
     found = found.permute(0, 2, 3, 1).contiguous()
-    return found.view(shape) if groups == 1 else found.unflatten(3, (groups, -1)).permute(3, 0, 1, 2, 4)
+    return found.view(shape) if groups == 1 else found.view(*found.shape[:3], groups, -1).permute(3, 0, 1, 2, 4)
 
 
 def _oihw(weight: Tensor) -> Tensor:
