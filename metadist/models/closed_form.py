@@ -17,6 +17,7 @@ window, so that a maximum is one of four large blocks, and its tallest tensor is
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -24,12 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metadist.models.conv4 import BLOCKS, FEW_CHANNELS, Conv4
-from metadist.models.convolution import Windows, forwards, laid_out, product, summed, to_images, to_weight
+from metadist.models.convolution import Windows, forwards, laid_out, product, room, summed, to_images, to_weight
 from metadist.models.network import Network, Params, Statistics
 from metadist.models.norm import EPSILON
+from metadist.models.pooling import Passed, pool
 
 CACHE = 2**25
 """Bytes of the largest tensor that a CPU makes: tasks whose tensors are larger are taken in turn."""
+
+PIECE = 2**22
+"""Bytes that a CPU makes of the first layer's outputs at once, for as many positions of all images."""
 
 
 def closed_form(network: Network) -> "ClosedForm | None":
@@ -51,12 +56,12 @@ def _offered(network: Conv4) -> bool:
 class Images(NamedTuple):
     """Of every task what the first layer needs of its images; the same in every inner step.
 
-    columns: [tasks, 9 · channels + 1, phases · positions], centred patches and ones; centre: [tasks, 1, 9 · channels];
-    covariance: [tasks, 9 · channels, 9 · channels]; grid: (tasks, n, rows, columns) behind the first block;
-    phases: 4 pixels of a window, or 1.
+    pieces: of some positions after the others centred patches and ones, [tasks, 9 · channels + 1, phases · positions]
+    each; centre: [tasks, 1, 9 · channels]; covariance: [tasks, 9 · channels, 9 · channels]; grid: (tasks, n, rows,
+    columns) behind the first block; phases: 4 pixels of a window, or 1.
     """
 
-    columns: Tensor
+    pieces: list[Tensor]
     centre: Tensor
     covariance: Tensor
     grid: tuple[int, int, int, int]
@@ -72,7 +77,7 @@ class FirstTape:
     scale: Tensor
     r: Tensor
     moved: Tensor  # covariance · kernel
-    masks: Tensor
+    pooled: list[tuple[Tensor, Passed]]  # of every piece: outputs before the maximum, used up; what passed it
     to_extended: Tensor | None = None
 
 
@@ -85,7 +90,7 @@ class Tape:
     scale: Tensor
     r: Tensor
     centred: Tensor
-    masks: list[Tensor]
+    passed: Passed
     to_normal: Tensor | None = None
     sums: tuple[Tensor, Tensor] | None = None
     to_y: Tensor | None = None
@@ -117,6 +122,7 @@ class ClosedForm:
 
     def __init__(self, network: Conv4) -> None:
         self.strided, self.width = network.strided, network.width
+        self.stride = 2 if self.strided else 1
 
     def at_once(self, x: Tensor) -> int:
         """How many tasks; x: [tasks, n, channels, height, width]."""
@@ -137,7 +143,7 @@ class ClosedForm:
     def images(self, x: Tensor) -> Images:
         """x: [tasks, n, channels, height, width]."""
         tasks, n, channels, height, width = x.shape
-        stride, depth, phases = 2 if self.strided else 1, 9 * channels, 1
+        stride, depth, phases = self.stride, 9 * channels, 1
         height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
         padded = F.pad(x.transpose(1, 2), (1, 1, 1, 1))
         taken = x.new_empty(tasks, 3, 3, channels, n, height, width)
@@ -153,9 +159,13 @@ class ClosedForm:
             height, width, phases = height // 2, width // 2, 4
             taken = taken[..., : 2 * height, : 2 * width].reshape(tasks, depth, n, height, 2, width, 2)
             taken = taken.permute(0, 1, 4, 6, 2, 3, 5)
-        columns = x.new_ones(tasks, depth + 1, phases * n * height * width)
-        columns[:, :depth] = taken.reshape(tasks, depth, -1)
-        return Images(columns, centre.mT, covariance, (tasks, n, height, width), phases)
+        columns = x.new_ones(tasks, depth + 1, phases, n * height * width)
+        columns[:, :depth] = taken.reshape(tasks, depth, phases, -1)
+        at_once = columns.shape[-1]
+        if x.device.type == "cpu":
+            at_once = min(at_once, max(1, PIECE // (tasks * phases * self.width * x.element_size())))
+        pieces = [piece.flatten(2) for piece in torch.split(columns, at_once, -1)]
+        return Images(pieces, centre.mT, covariance, (tasks, n, height, width), phases)
 
     def gradient(
         self, params: Params, images: Images, y: Tensor, together: bool = False, products: bool = True
@@ -189,7 +199,7 @@ class ClosedForm:
     def hessian_product(self, record: Record, v: Mapping[str, Tensor], together: bool = False) -> dict[str, Tensor]:
         """H v of every task; v: [tasks, …] by name."""
         first, blocks, features, head, probabilities, to_logits = record
-        t_x = self._first_tangent(first, v)
+        t_x = self._first_tangent(first, v, room((*first.images.grid, self.width), blocks[0].weight, self.stride))
         tangents = []
         for block, tape in zip(BLOCKS[1:], blocks, strict=True):
             carried, t_x = self._block_tangent(block, tape, t_x, v)
@@ -235,9 +245,12 @@ class ClosedForm:
         statistics["conv1.norm.variance"] = variance[:, 0]
         r = torch.rsqrt(variance + EPSILON)
         extended = torch.cat([kernel * (scale * r), shift.expand(r.shape)], 1)
-        y = product(images.columns.mT, extended).view(r.shape[0], images.phases, -1, r.shape[-1])
-        out = _pool([y[:, q] for q in range(images.phases)])
-        return FirstTape(images, kernel, scale, r, moved, y), out.view(*images.grid, -1)
+        x = room((*images.grid, self.width), params["conv2.weight"], self.stride)
+        pooled = []
+        for piece, out in zip(images.pieces, _split(x, images), strict=True):
+            y = product(piece.mT, extended).view(len(out), images.phases, -1, self.width)
+            pooled.append((y, pool(y.unbind(1), out)))
+        return FirstTape(images, kernel, scale, r, moved, pooled), x
 
     def _first_back(
         self, tape: FirstTape, to_x: Tensor, into: dict[str, Tensor], together: bool, products: bool
@@ -251,17 +264,22 @@ class ClosedForm:
 
     def _to_extended(self, tape: FirstTape, to_x: Tensor, last: bool = False) -> Tensor:
         """last: nobody needs the masks any more, the network's tallest tensor."""
-        to_x = to_x.reshape(to_x.shape[0], 1, -1, to_x.shape[-1])
-        spread = tape.masks.mul_(to_x) if last else tape.masks * to_x
-        return product(tape.images.columns, spread.flatten(1, 2))
+        found = []
+        for piece, to_out, (y, passed) in zip(tape.images.pieces, _split(to_x, tape.images), tape.pooled, strict=True):
+            to_y = y if last else torch.empty_like(y)
+            passed.backwards(to_out, to_y.unbind(1))
+            found.append(product(piece, to_y.flatten(1, 2)))
+        return reduce(torch.add, found)
 
-    def _first_tangent(self, tape: FirstTape, v: Mapping[str, Tensor]) -> Tensor:
+    def _first_tangent(self, tape: FirstTape, v: Mapping[str, Tensor], t_x: Tensor) -> Tensor:
+        """t_x: memory for it."""
         t_kernel, t_scale, t_shift = _first_of(v)
         t_r = -tape.r.pow(3) * (tape.moved * t_kernel).sum(-2, keepdim=True)
         t_a = t_scale * tape.r + tape.scale * t_r
         t_extended = torch.cat([t_kernel * (tape.scale * tape.r) + tape.kernel * t_a, t_shift], 1)
-        t_y = product(tape.images.columns.mT, t_extended).view(tape.masks.shape)
-        return t_y.mul_(tape.masks).sum(1).view(*tape.images.grid, -1)
+        for piece, t_out, (y, passed) in zip(tape.images.pieces, _split(t_x, tape.images), tape.pooled, strict=True):
+            passed.forwards(product(piece.mT, t_extended).view(y.shape).unbind(1), t_out)
+        return t_x
 
     def _first_back_tangent(
         self, tape: FirstTape, t_to_x: Tensor, v: Mapping[str, Tensor], into: dict[str, Tensor], together: bool
@@ -290,7 +308,7 @@ class ClosedForm:
     def _block(self, name: str, params: Params, x: Tensor, statistics: Statistics) -> tuple[Tape, Tensor]:
         weight = params[f"{name}.weight"]
         scale, shift = _row(params[f"{name}.norm.scale"]), _row(params[f"{name}.norm.shift"])
-        windows = Windows(x, 2 if self.strided else 1)
+        windows = Windows(x, self.stride)
         y = forwards(windows, weight)
         shape, y = y.shape, y.flatten(1, 3)
         mean = y.sum(1, keepdim=True) / y.shape[1]
@@ -299,9 +317,8 @@ class ClosedForm:
         statistics[f"{name}.norm.mean"], statistics[f"{name}.norm.variance"] = mean[:, 0], variance[:, 0]
         r = torch.rsqrt(variance + EPSILON)
         normal = torch.addcmul(shift, centred, scale * r).view(shape)
-        masks = self._views(normal)
-        out = _pool(masks)
-        return Tape(windows, weight, scale, r, centred.view(shape), masks), out
+        passed = pool(self._pixels(normal), normal if self.strided else None)
+        return Tape(windows, weight, scale, r, centred.view(shape), passed), passed.out
 
     def _block_back(self, name: str, tape: Tape, to_x: Tensor, into: dict[str, Tensor], together: bool) -> Tensor:
         n = tape.centred.shape[1:4].numel()
@@ -327,11 +344,7 @@ class ClosedForm:
         t_r = -tape.r.pow(3) * ((centred * t_centred).sum(1, keepdim=True) / n)
         a, t_a = tape.scale * tape.r, t_scale * tape.r + tape.scale * t_r
         t_normal = torch.addcmul(t_shift, centred, t_a).addcmul_(t_centred, a).view(tape.centred.shape)
-        views = self._views(t_normal)
-        t_out = views[0] * tape.masks[0]
-        for view, mask in zip(views[1:], tape.masks[1:], strict=True):
-            t_out.addcmul_(view, mask)
-        return (t_windows, t_centred, t_r), t_out
+        return (t_windows, t_centred, t_r), tape.passed.forwards(self._pixels(t_normal))
 
     def _block_back_tangent(
         self,
@@ -367,7 +380,7 @@ class ClosedForm:
             to_images(tape.to_y, v[f"{name}.weight"], *size, stride)
         )
 
-    def _views(self, x: Tensor) -> list[Tensor]:
+    def _pixels(self, x: Tensor) -> list[Tensor]:
         """The pixels of every window, one after the other; all pixels where nothing is pooled."""
         if self.strided:
             return [x]
@@ -375,32 +388,18 @@ class ClosedForm:
         return [x[:, :, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1)]
 
     def _spread(self, tape: Tape, to_out: Tensor) -> Tensor:
-        """The adjoint of maximum and ReLU."""
-        if self.strided:
-            return to_out * tape.masks[0]
-        shape = tape.centred.shape
-        out = to_out.new_zeros(shape) if shape[2] % 2 or shape[3] % 2 else to_out.new_empty(shape)
-        for view, mask in zip(self._views(out), tape.masks, strict=True):
-            torch.mul(to_out, mask, out=view)
-        return out
+        """Towards the norm's outputs; an odd last row or column is in no window."""
+        height, width = tape.centred.shape[2:4]
+        odd = not self.strided and (height % 2 or width % 2)
+        into = torch.zeros_like(tape.centred) if odd else torch.empty_like(tape.centred)
+        tape.passed.backwards(to_out, self._pixels(into))
+        return into
 
 
-def _pool(views: list[Tensor]) -> Tensor:
-    """ReLU of the largest of the pixels of a window.
-
-    They themselves become the masks of what passed, 1 or 0; of equal ones the first passes.
-    """
-    if len(views) == 1:
-        out = torch.relu(views[0])
-        torch.sign(out, out=views[0])
-        return out
-    out = torch.maximum(torch.maximum(views[0], views[1]), torch.maximum(views[2], views[3]))
-    for view in views:
-        view.eq_(out)
-    free = torch.sign(out.relu_())
-    for view in views:
-        free.sub_(view.mul_(free))
-    return out
+def _split(x: Tensor, images: Images) -> tuple[Tensor, ...]:
+    """Of [tasks, n, rows, columns, width] the positions of every piece, [tasks, positions, width]."""
+    sizes = [piece.shape[-1] // images.phases for piece in images.pieces]
+    return torch.split(x.flatten(1, 3), sizes, 1)
 
 
 def _size(tape: Tape) -> tuple[int, int]:

@@ -99,8 +99,11 @@ def _both_with_tasks(a: Tensor, in_a: int | None, b: Tensor, in_b: int | None, s
     return (a.flatten(0, 1), b.flatten(0, 1)) if a.ndim > 5 else (a, b)
 
 
-MANY_ROWS, MANY_ROWS_OF_A_GROUP = 240, 40
+MANY_ROWS = 240
 """From so many positions of all images that share a weight on, a CPU convolves by oneDNN."""
+
+MANY_POSITIONS = 9
+"""The same of one image where tasks have weights of their own."""
 
 
 class Windows:
@@ -168,6 +171,15 @@ def to_weight(windows: Windows, grad: Tensor, together: bool = False) -> Tensor:
     return found.permute(0, 2, 3, 1).reshape(*own, -1, *found.shape[2:], x.shape[-1]).movedim(-4, -1)
 
 
+def room(shape: tuple[int, ...], weight: Tensor, stride: int) -> Tensor:
+    """For images [tasks, n, height, width, in], as they lie best in memory for `forwards`."""
+    tasks, n, height, width, _ = shape
+    rows, columns = _positions(height, stride), _positions(width, stride)
+    if _groups(weight) == 1 or not _by_library((tasks, n, rows, columns, weight.shape[-1]), weight):
+        return weight.new_empty(shape)
+    return weight.new_empty(n, height, width, tasks, shape[-1]).permute(3, 0, 1, 2, 4)
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in the dtype of a, also where the factors are rounded on the way (`engine.precision`)."""
     return (a @ b).to(a.dtype)
@@ -190,9 +202,11 @@ def _groups(weight: Tensor) -> int:
 
 def _by_library(shape: tuple[int, ...], weight: Tensor) -> bool:
     """Whether oneDNN is the faster of the two; shape: of the convolution's outputs."""
-    groups = _groups(weight)
-    rows = math.prod(shape[:-1]) // groups
-    return weight.device.type == "cpu" and rows >= (MANY_ROWS if groups == 1 else MANY_ROWS_OF_A_GROUP)
+    if weight.device.type != "cpu":
+        return False
+    if _groups(weight) == 1:
+        return math.prod(shape[:-1]) >= MANY_ROWS
+    return math.prod(shape[-3:-1]) >= MANY_POSITIONS
 
 
 def _nchw(x: Tensor, groups: int) -> Tensor:
