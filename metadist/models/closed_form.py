@@ -17,7 +17,6 @@ window, so that a maximum is one of four large blocks, and its tallest tensor is
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -32,9 +31,6 @@ from metadist.models.pooling import Passed, pool
 
 CACHE = 2**25
 """Bytes of the largest tensor that a CPU makes: tasks whose tensors are larger are taken in turn."""
-
-PIECE = 2**22
-"""Bytes that a CPU makes of the first layer's outputs at once, for as many positions of all images."""
 
 
 def closed_form(network: Network) -> "ClosedForm | None":
@@ -56,12 +52,12 @@ def _offered(network: Conv4) -> bool:
 class Images(NamedTuple):
     """Of every task what the first layer needs of its images; the same in every inner step.
 
-    pieces: of some positions after the others centred patches and ones, [tasks, 9 · channels + 1, phases · positions]
-    each; centre: [tasks, 1, 9 · channels]; covariance: [tasks, 9 · channels, 9 · channels]; grid: (tasks, n, rows,
-    columns) behind the first block; phases: 4 pixels of a window, or 1.
+    columns: [tasks, 9 · channels + 1, phases · positions], centred patches and ones; centre: [tasks, 1, 9 · channels];
+    covariance: [tasks, 9 · channels, 9 · channels]; grid: (tasks, n, rows, columns) behind the first block;
+    phases: 4 pixels of a window, or 1.
     """
 
-    pieces: list[Tensor]
+    columns: Tensor
     centre: Tensor
     covariance: Tensor
     grid: tuple[int, int, int, int]
@@ -77,7 +73,8 @@ class FirstTape:
     scale: Tensor
     r: Tensor
     moved: Tensor  # covariance · kernel
-    pooled: list[tuple[Tensor, Passed]]  # of every piece: outputs before the maximum, used up; what passed it
+    y: Tensor  # [tasks, phases, positions, width], used up by the maximum
+    passed: Passed
     to_extended: Tensor | None = None
 
 
@@ -159,13 +156,9 @@ class ClosedForm:
             height, width, phases = height // 2, width // 2, 4
             taken = taken[..., : 2 * height, : 2 * width].reshape(tasks, depth, n, height, 2, width, 2)
             taken = taken.permute(0, 1, 4, 6, 2, 3, 5)
-        columns = x.new_ones(tasks, depth + 1, phases, n * height * width)
-        columns[:, :depth] = taken.reshape(tasks, depth, phases, -1)
-        at_once = columns.shape[-1]
-        if x.device.type == "cpu":
-            at_once = min(at_once, max(1, PIECE // (tasks * phases * self.width * x.element_size())))
-        pieces = [piece.flatten(2) for piece in torch.split(columns, at_once, -1)]
-        return Images(pieces, centre.mT, covariance, (tasks, n, height, width), phases)
+        columns = x.new_ones(tasks, depth + 1, phases * n * height * width)
+        columns[:, :depth] = taken.reshape(tasks, depth, -1)
+        return Images(columns, centre.mT, covariance, (tasks, n, height, width), phases)
 
     def gradient(
         self, params: Params, images: Images, y: Tensor, together: bool = False, products: bool = True
@@ -246,11 +239,9 @@ class ClosedForm:
         r = torch.rsqrt(variance + EPSILON)
         extended = torch.cat([kernel * (scale * r), shift.expand(r.shape)], 1)
         x = room((*images.grid, self.width), params["conv2.weight"], self.stride)
-        pooled = []
-        for piece, out in zip(images.pieces, _split(x, images), strict=True):
-            y = product(piece.mT, extended).view(len(out), images.phases, -1, self.width)
-            pooled.append((y, pool(y.unbind(1), out)))
-        return FirstTape(images, kernel, scale, r, moved, pooled), x
+        y = product(images.columns.mT, extended).view(len(x), images.phases, -1, self.width)
+        passed = pool(y.unbind(1), x.flatten(1, 3))
+        return FirstTape(images, kernel, scale, r, moved, y, passed), x
 
     def _first_back(
         self, tape: FirstTape, to_x: Tensor, into: dict[str, Tensor], together: bool, products: bool
@@ -263,13 +254,10 @@ class ClosedForm:
         self._put_first(into, found, (to_a * tape.r)[:, 0], to_shift, together)
 
     def _to_extended(self, tape: FirstTape, to_x: Tensor, last: bool = False) -> Tensor:
-        """last: nobody needs the masks any more, the network's tallest tensor."""
-        found = []
-        for piece, to_out, (y, passed) in zip(tape.images.pieces, _split(to_x, tape.images), tape.pooled, strict=True):
-            to_y = y if last else torch.empty_like(y)
-            passed.backwards(to_out, to_y.unbind(1))
-            found.append(product(piece, to_y.flatten(1, 2)))
-        return reduce(torch.add, found)
+        """last: nobody needs y's memory, the network's tallest tensor, any more."""
+        to_y = tape.y if last else torch.empty_like(tape.y)
+        tape.passed.backwards(to_x.flatten(1, 3), to_y.unbind(1))
+        return product(tape.images.columns, to_y.flatten(1, 2))
 
     def _first_tangent(self, tape: FirstTape, v: Mapping[str, Tensor], t_x: Tensor) -> Tensor:
         """t_x: memory for it."""
@@ -277,8 +265,8 @@ class ClosedForm:
         t_r = -tape.r.pow(3) * (tape.moved * t_kernel).sum(-2, keepdim=True)
         t_a = t_scale * tape.r + tape.scale * t_r
         t_extended = torch.cat([t_kernel * (tape.scale * tape.r) + tape.kernel * t_a, t_shift], 1)
-        for piece, t_out, (y, passed) in zip(tape.images.pieces, _split(t_x, tape.images), tape.pooled, strict=True):
-            passed.forwards(product(piece.mT, t_extended).view(y.shape).unbind(1), t_out)
+        t_y = product(tape.images.columns.mT, t_extended).view(tape.y.shape)
+        tape.passed.forwards(t_y.unbind(1), t_x.flatten(1, 3))
         return t_x
 
     def _first_back_tangent(
@@ -394,12 +382,6 @@ class ClosedForm:
         into = torch.zeros_like(tape.centred) if odd else torch.empty_like(tape.centred)
         tape.passed.backwards(to_out, self._pixels(into))
         return into
-
-
-def _split(x: Tensor, images: Images) -> tuple[Tensor, ...]:
-    """Of [tasks, n, rows, columns, width] the positions of every piece, [tasks, positions, width]."""
-    sizes = [piece.shape[-1] // images.phases for piece in images.pieces]
-    return torch.split(x.flatten(1, 3), sizes, 1)
 
 
 def _size(tape: Tape) -> tuple[int, int]:
