@@ -142,11 +142,11 @@ class ClosedForm:
         tasks, n, channels, height, width = x.shape
         stride, depth, phases = self.stride, 9 * channels, 1
         height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
-        padded = F.pad(x.transpose(1, 2), (1, 1, 1, 1))
-        taken = x.new_empty(tasks, 3, 3, channels, n, height, width)
-        for i in range(3):
-            for j in range(3):
-                taken[:, i, j] = padded[..., i : i + stride * height : stride, j : j + stride * width : stride]
+        padded = F.pad(x, (1, 1, 1, 1))
+        task, image, channel, row, column = padded.stride()
+        windows = (tasks, 3, 3, channels, n, height, width)
+        taken = padded.as_strided(windows, (task, row, column, channel, image, stride * row, stride * column))
+        taken = taken.contiguous()
         flat = taken.view(tasks, depth, -1)
         centre = flat.mean(-1, keepdim=True)
         flat.sub_(centre)
@@ -192,7 +192,7 @@ class ClosedForm:
     def hessian_product(self, record: Record, v: Mapping[str, Tensor], together: bool = False) -> dict[str, Tensor]:
         """H v of every task; v: [tasks, …] by name."""
         first, blocks, features, head, probabilities, to_logits = record
-        t_x = self._first_tangent(first, v, room((*first.images.grid, self.width), blocks[0].weight, self.stride))
+        t_x = self._first_tangent(first, v, blocks[0].weight)
         tangents = []
         for block, tape in zip(BLOCKS[1:], blocks, strict=True):
             carried, t_x = self._block_tangent(block, tape, t_x, v)
@@ -238,10 +238,18 @@ class ClosedForm:
         statistics["conv1.norm.variance"] = variance[:, 0]
         r = torch.rsqrt(variance + EPSILON)
         extended = torch.cat([kernel * (scale * r), shift.expand(r.shape)], 1)
-        x = room((*images.grid, self.width), params["conv2.weight"], self.stride)
-        y = product(images.columns.mT, extended).view(len(x), images.phases, -1, self.width)
+        y = self._first_outputs(images, extended)
+        x = self._room(images, params["conv2.weight"], y)
         passed = pool(y.unbind(1), x.flatten(1, 3))
         return FirstTape(images, kernel, scale, r, moved, y, passed), x
+
+    def _first_outputs(self, images: Images, extended: Tensor) -> Tensor:
+        """[tasks, phases, positions, width]."""
+        return product(images.columns.mT, extended).view(extended.shape[0], images.phases, -1, self.width)
+
+    def _room(self, images: Images, weight: Tensor, y: Tensor) -> Tensor:
+        """For what of the first block's y, or of its tangent, passes."""
+        return room((*images.grid, self.width), weight, self.stride, y if self.strided else None)
 
     def _first_back(
         self, tape: FirstTape, to_x: Tensor, into: dict[str, Tensor], together: bool, products: bool
@@ -254,18 +262,21 @@ class ClosedForm:
         self._put_first(into, found, (to_a * tape.r)[:, 0], to_shift, together)
 
     def _to_extended(self, tape: FirstTape, to_x: Tensor, last: bool = False) -> Tensor:
-        """last: nobody needs y's memory, the network's tallest tensor, any more."""
-        to_y = tape.y if last else torch.empty_like(tape.y)
-        tape.passed.backwards(to_x.flatten(1, 3), to_y.unbind(1))
+        """What it spreads is written over to_x where that is as large, or, if for the last time, over y, the network's
+        tallest tensor."""
+        to_x = to_x.flatten(1, 3)
+        to_y = to_x[:, None] if self.strided else tape.y if last else torch.empty_like(tape.y)
+        tape.passed.backwards(to_x, to_y.unbind(1))
         return product(tape.images.columns, to_y.flatten(1, 2))
 
-    def _first_tangent(self, tape: FirstTape, v: Mapping[str, Tensor], t_x: Tensor) -> Tensor:
-        """t_x: memory for it."""
+    def _first_tangent(self, tape: FirstTape, v: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        """weight: of the next block."""
         t_kernel, t_scale, t_shift = _first_of(v)
         t_r = -tape.r.pow(3) * (tape.moved * t_kernel).sum(-2, keepdim=True)
         t_a = t_scale * tape.r + tape.scale * t_r
         t_extended = torch.cat([t_kernel * (tape.scale * tape.r) + tape.kernel * t_a, t_shift], 1)
-        t_y = product(tape.images.columns.mT, t_extended).view(tape.y.shape)
+        t_y = self._first_outputs(tape.images, t_extended)
+        t_x = self._room(tape.images, weight, t_y)
         tape.passed.forwards(t_y.unbind(1), t_x.flatten(1, 3))
         return t_x
 
@@ -299,9 +310,9 @@ class ClosedForm:
         windows = Windows(x, self.stride)
         y = forwards(windows, weight)
         shape, y = y.shape, y.flatten(1, 3)
-        mean = y.sum(1, keepdim=True) / y.shape[1]
+        mean = y.mean(1, keepdim=True)
         centred = y.sub_(mean)
-        variance = (centred * centred).sum(1, keepdim=True) / y.shape[1]
+        variance = (centred * centred).mean(1, keepdim=True)
         statistics[f"{name}.norm.mean"], statistics[f"{name}.norm.variance"] = mean[:, 0], variance[:, 0]
         r = torch.rsqrt(variance + EPSILON)
         normal = torch.addcmul(shift, centred, scale * r).view(shape)
@@ -314,10 +325,11 @@ class ClosedForm:
         to_normal = tape.to_normal = self._spread(tape, to_x).flatten(1, 3)
         total, along = to_normal.sum(1, keepdim=True), (to_normal * centred).sum(1, keepdim=True)
         tape.sums = total, along
-        a = tape.scale * r
-        to_y = torch.addcmul(a * total / -n, to_normal, a).addcmul_(centred, a * r.square() * along / -n)
+        a, to_scale = tape.scale * r, along * r
+        mean = a * (-1 / n)
+        to_y = torch.addcmul(mean * total, to_normal, a).addcmul_(centred, mean * to_scale * r)
         tape.to_y = to_y.view(tape.centred.shape)
-        _put(into, {f"{name}.norm.scale": (along * r)[:, 0], f"{name}.norm.shift": total[:, 0]}, together)
+        _put(into, {f"{name}.norm.scale": to_scale[:, 0], f"{name}.norm.shift": total[:, 0]}, together)
         into[f"{name}.weight"] = to_weight(tape.windows, tape.to_y, together)
         return to_images(tape.to_y, tape.weight, *_size(tape), tape.windows.stride)
 
@@ -327,9 +339,9 @@ class ClosedForm:
         t_scale, t_shift = _row(v[f"{name}.norm.scale"]), _row(v[f"{name}.norm.shift"])
         t_windows = Windows(t_x, tape.windows.stride)
         t_y = forwards(t_windows, tape.weight).add_(forwards(tape.windows, v[f"{name}.weight"])).flatten(1, 3)
-        n, centred = t_y.shape[1], tape.centred.flatten(1, 3)
-        t_centred = t_y.sub_(t_y.sum(1, keepdim=True) / n)
-        t_r = -tape.r.pow(3) * ((centred * t_centred).sum(1, keepdim=True) / n)
+        centred = tape.centred.flatten(1, 3)
+        t_centred = t_y.sub_(t_y.mean(1, keepdim=True))
+        t_r = -tape.r.pow(3) * (centred * t_centred).mean(1, keepdim=True)
         a, t_a = tape.scale * tape.r, t_scale * tape.r + tape.scale * t_r
         t_normal = torch.addcmul(t_shift, centred, t_a).addcmul_(t_centred, a).view(tape.centred.shape)
         return (t_windows, t_centred, t_r), tape.passed.forwards(self._pixels(t_normal))
