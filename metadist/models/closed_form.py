@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metadist.models.conv4 import BLOCKS, FEW_CHANNELS, Conv4
-from metadist.models.convolution import Windows, forwards, laid_out, product, room, summed, to_images, to_weight
+from metadist.models.convolution import Windows, forwards, laid_out, product, summed, to_images, to_weight
 from metadist.models.network import Network, Params, Statistics
 from metadist.models.norm import EPSILON
 from metadist.models.pooling import Passed, pool
@@ -192,7 +192,7 @@ class ClosedForm:
     def hessian_product(self, record: Record, v: Mapping[str, Tensor], together: bool = False) -> dict[str, Tensor]:
         """H v of every task; v: [tasks, …] by name."""
         first, blocks, features, head, probabilities, to_logits = record
-        t_x = self._first_tangent(first, v, blocks[0].weight)
+        t_x = self._first_tangent(first, v)
         tangents = []
         for block, tape in zip(BLOCKS[1:], blocks, strict=True):
             carried, t_x = self._block_tangent(block, tape, t_x, v)
@@ -239,17 +239,12 @@ class ClosedForm:
         r = torch.rsqrt(variance + EPSILON)
         extended = torch.cat([kernel * (scale * r), shift.expand(r.shape)], 1)
         y = self._first_outputs(images, extended)
-        x = self._room(images, params["conv2.weight"], y)
-        passed = pool(y.unbind(1), x.flatten(1, 3))
-        return FirstTape(images, kernel, scale, r, moved, y, passed), x
+        passed = pool(y.unbind(1), y[:, 0] if self.strided else None)
+        return FirstTape(images, kernel, scale, r, moved, y, passed), passed.out.view(*images.grid, -1)
 
     def _first_outputs(self, images: Images, extended: Tensor) -> Tensor:
         """[tasks, phases, positions, width]."""
         return product(images.columns.mT, extended).view(extended.shape[0], images.phases, -1, self.width)
-
-    def _room(self, images: Images, weight: Tensor, y: Tensor) -> Tensor:
-        """For what of the first block's y, or of its tangent, passes."""
-        return room((*images.grid, self.width), weight, self.stride, y if self.strided else None)
 
     def _first_back(
         self, tape: FirstTape, to_x: Tensor, into: dict[str, Tensor], together: bool, products: bool
@@ -269,16 +264,14 @@ class ClosedForm:
         tape.passed.backwards(to_x, to_y.unbind(1))
         return product(tape.images.columns, to_y.flatten(1, 2))
 
-    def _first_tangent(self, tape: FirstTape, v: Mapping[str, Tensor], weight: Tensor) -> Tensor:
-        """weight: of the next block."""
+    def _first_tangent(self, tape: FirstTape, v: Mapping[str, Tensor]) -> Tensor:
         t_kernel, t_scale, t_shift = _first_of(v)
         t_r = -tape.r.pow(3) * (tape.moved * t_kernel).sum(-2, keepdim=True)
         t_a = t_scale * tape.r + tape.scale * t_r
         t_extended = torch.cat([t_kernel * (tape.scale * tape.r) + tape.kernel * t_a, t_shift], 1)
         t_y = self._first_outputs(tape.images, t_extended)
-        t_x = self._room(tape.images, weight, t_y)
-        tape.passed.forwards(t_y.unbind(1), t_x.flatten(1, 3))
-        return t_x
+        t_x = tape.passed.forwards(t_y.unbind(1), t_y[:, 0] if self.strided else None)
+        return t_x.view(*tape.images.grid, -1)
 
     def _first_back_tangent(
         self, tape: FirstTape, t_to_x: Tensor, v: Mapping[str, Tensor], into: dict[str, Tensor], together: bool
@@ -310,7 +303,7 @@ class ClosedForm:
         windows = Windows(x, self.stride)
         y = forwards(windows, weight)
         shape, y = y.shape, y.flatten(1, 3)
-        mean = y.mean(1, keepdim=True)
+        mean = y.sum(1, keepdim=True) * (1 / y.shape[1])
         centred = y.sub_(mean)
         variance = (centred * centred).mean(1, keepdim=True)
         statistics[f"{name}.norm.mean"], statistics[f"{name}.norm.variance"] = mean[:, 0], variance[:, 0]

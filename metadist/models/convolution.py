@@ -171,15 +171,6 @@ def to_weight(windows: Windows, grad: Tensor, together: bool = False) -> Tensor:
     return found.permute(0, 2, 3, 1).reshape(*own, -1, *found.shape[2:], x.shape[-1]).movedim(-4, -1)
 
 
-def room(shape: tuple[int, ...], weight: Tensor, stride: int, spare: Tensor | None = None) -> Tensor:
-    """For images [tasks, n, height, width, in], as they lie best in memory for `forwards`; spare: may be taken."""
-    tasks, n, height, width, _ = shape
-    rows, columns = _positions(height, stride), _positions(width, stride)
-    if _groups(weight) == 1 or not _by_library((tasks, n, rows, columns, weight.shape[-1]), weight):
-        return weight.new_empty(shape) if spare is None else spare.view(shape)
-    return weight.new_empty(n, height, width, tasks, shape[-1]).permute(3, 0, 1, 2, 4)
-
-
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in the dtype of a, also where the factors are rounded on the way (`engine.precision`)."""
     return (a @ b).to(a.dtype)

@@ -1,7 +1,7 @@
 """ReLU of the largest pixel of a window, and what of a derivative passes it, both ways.
 
 A window's pixels are tensors of one shape, `pixels`, of which there are four, or a single one where nothing is
-pooled. The result may be written to where it is needed, `out`.
+pooled; then the result may be written over it, `out`.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class Passed(Protocol):
 
 
 def pool(pixels: Sequence[Tensor], out: Tensor | None = None) -> Passed:
-    """The pixels are used up; a single one may be `out` itself."""
+    """The pixels are used up."""
     return Relu(pixels[0], out) if len(pixels) == 1 else Largest(pixels, out)
 
 
