@@ -105,7 +105,7 @@ class MAML:
         walked: list[Found] = []
         for _ in range(self.inner_steps):
             here = network.gradient(fast, images, support_y, products=second)
-            fast = {name: fast[name] - self.inner_lr * g for name, g in here.gradient.items()}
+            fast = {name: torch.sub(fast[name], g, alpha=self.inner_lr) for name, g in here.gradient.items()}
             if second or not walked:
                 walked.append(here)
         query = network.images(episodes.query.x)
@@ -113,11 +113,13 @@ class MAML:
         back, loss = judged.gradient, judged.loss
         for k in reversed(range(len(walked) if second else 0)):
             product = network.hessian_product(walked[k].record, back, together=k == 0)
-            back = {name: (g if k else g.sum(0)) - self.inner_lr * product[name] for name, g in back.items()}
+            back = back if k else network.summed(back)
+            back = {name: torch.sub(g, product[name], alpha=self.inner_lr) for name, g in back.items()}
         if self.support_loss_weight:
             before = walked[0] if walked else network.gradient(start, images, support_y, products=False)
             loss = loss + self.support_loss_weight * before.loss
-            back = {name: g + self.support_loss_weight * before.gradient[name].sum(0) for name, g in back.items()}
+            of_support = network.summed(before.gradient)
+            back = {name: torch.add(g, of_support[name], alpha=self.support_loss_weight) for name, g in back.items()}
         return {name: back[name] for name in theta}, Outcome(
             loss, judged.score, {name: judged.statistics[name] for name in state}
         )

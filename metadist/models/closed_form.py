@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metadist.models.conv4 import BLOCKS, FEW_CHANNELS, Conv4
-from metadist.models.convolution import Windows, forwards, laid_out, product, to_images, to_weight
+from metadist.models.convolution import Windows, forwards, laid_out, product, summed, to_images, to_weight
 from metadist.models.network import Network, Params, Statistics
 from metadist.models.norm import EPSILON
+from metadist.models.pooling import Passed, pool
 
 CACHE = 2**25
 """Bytes of the largest tensor that a CPU makes: tasks whose tensors are larger are taken in turn."""
@@ -72,7 +73,8 @@ class FirstTape:
     scale: Tensor
     r: Tensor
     moved: Tensor  # covariance · kernel
-    masks: Tensor
+    y: Tensor  # [tasks, phases, positions, width], used up by the maximum
+    passed: Passed
     to_extended: Tensor | None = None
 
 
@@ -85,7 +87,7 @@ class Tape:
     scale: Tensor
     r: Tensor
     centred: Tensor
-    masks: list[Tensor]
+    passed: Passed
     to_normal: Tensor | None = None
     sums: tuple[Tensor, Tensor] | None = None
     to_y: Tensor | None = None
@@ -117,6 +119,7 @@ class ClosedForm:
 
     def __init__(self, network: Conv4) -> None:
         self.strided, self.width = network.strided, network.width
+        self.stride = 2 if self.strided else 1
 
     def at_once(self, x: Tensor) -> int:
         """How many tasks; x: [tasks, n, channels, height, width]."""
@@ -130,16 +133,20 @@ class ClosedForm:
         """The same parameters in the layout that gradients have."""
         return {name: laid_out(value) if value.ndim == 4 else value for name, value in params.items()}
 
+    def summed(self, gradient: Params) -> dict[str, Tensor]:
+        """Over the tasks."""
+        return {name: summed(value) if value.ndim == 5 else value.sum(0) for name, value in gradient.items()}
+
     def images(self, x: Tensor) -> Images:
         """x: [tasks, n, channels, height, width]."""
         tasks, n, channels, height, width = x.shape
-        stride, depth, phases = 2 if self.strided else 1, 9 * channels, 1
+        stride, depth, phases = self.stride, 9 * channels, 1
         height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
-        padded = F.pad(x.transpose(1, 2), (1, 1, 1, 1))
-        taken = x.new_empty(tasks, 3, 3, channels, n, height, width)
-        for i in range(3):
-            for j in range(3):
-                taken[:, i, j] = padded[..., i : i + stride * height : stride, j : j + stride * width : stride]
+        padded = F.pad(x, (1, 1, 1, 1))
+        task, image, channel, row, column = padded.stride()
+        windows = (tasks, 3, 3, channels, n, height, width)
+        taken = padded.as_strided(windows, (task, row, column, channel, image, stride * row, stride * column))
+        taken = taken.contiguous()
         flat = taken.view(tasks, depth, -1)
         centre = flat.mean(-1, keepdim=True)
         flat.sub_(centre)
@@ -231,9 +238,13 @@ class ClosedForm:
         statistics["conv1.norm.variance"] = variance[:, 0]
         r = torch.rsqrt(variance + EPSILON)
         extended = torch.cat([kernel * (scale * r), shift.expand(r.shape)], 1)
-        y = product(images.columns.mT, extended).view(r.shape[0], images.phases, -1, r.shape[-1])
-        out = _pool([y[:, q] for q in range(images.phases)])
-        return FirstTape(images, kernel, scale, r, moved, y), out.view(*images.grid, -1)
+        y = self._first_outputs(images, extended)
+        passed = pool(y.unbind(1), y[:, 0] if self.strided else None)
+        return FirstTape(images, kernel, scale, r, moved, y, passed), passed.out.view(*images.grid, -1)
+
+    def _first_outputs(self, images: Images, extended: Tensor) -> Tensor:
+        """[tasks, phases, positions, width]."""
+        return product(images.columns.mT, extended).view(extended.shape[0], images.phases, -1, self.width)
 
     def _first_back(
         self, tape: FirstTape, to_x: Tensor, into: dict[str, Tensor], together: bool, products: bool
@@ -246,18 +257,21 @@ class ClosedForm:
         self._put_first(into, found, (to_a * tape.r)[:, 0], to_shift, together)
 
     def _to_extended(self, tape: FirstTape, to_x: Tensor, last: bool = False) -> Tensor:
-        """last: nobody needs the masks any more, the network's tallest tensor."""
-        to_x = to_x.reshape(to_x.shape[0], 1, -1, to_x.shape[-1])
-        spread = tape.masks.mul_(to_x) if last else tape.masks * to_x
-        return product(tape.images.columns, spread.flatten(1, 2))
+        """What it spreads is written over to_x where that is as large, or, if for the last time, over y, the network's
+        tallest tensor."""
+        to_x = to_x.flatten(1, 3)
+        to_y = to_x[:, None] if self.strided else tape.y if last else torch.empty_like(tape.y)
+        tape.passed.backwards(to_x, to_y.unbind(1))
+        return product(tape.images.columns, to_y.flatten(1, 2))
 
     def _first_tangent(self, tape: FirstTape, v: Mapping[str, Tensor]) -> Tensor:
         t_kernel, t_scale, t_shift = _first_of(v)
         t_r = -tape.r.pow(3) * (tape.moved * t_kernel).sum(-2, keepdim=True)
         t_a = t_scale * tape.r + tape.scale * t_r
         t_extended = torch.cat([t_kernel * (tape.scale * tape.r) + tape.kernel * t_a, t_shift], 1)
-        t_y = product(tape.images.columns.mT, t_extended).view(tape.masks.shape)
-        return t_y.mul_(tape.masks).sum(1).view(*tape.images.grid, -1)
+        t_y = self._first_outputs(tape.images, t_extended)
+        t_x = tape.passed.forwards(t_y.unbind(1), t_y[:, 0] if self.strided else None)
+        return t_x.view(*tape.images.grid, -1)
 
     def _first_back_tangent(
         self, tape: FirstTape, t_to_x: Tensor, v: Mapping[str, Tensor], into: dict[str, Tensor], together: bool
@@ -286,18 +300,17 @@ class ClosedForm:
     def _block(self, name: str, params: Params, x: Tensor, statistics: Statistics) -> tuple[Tape, Tensor]:
         weight = params[f"{name}.weight"]
         scale, shift = _row(params[f"{name}.norm.scale"]), _row(params[f"{name}.norm.shift"])
-        windows = Windows(x, 2 if self.strided else 1)
+        windows = Windows(x, self.stride)
         y = forwards(windows, weight)
         shape, y = y.shape, y.flatten(1, 3)
-        mean = y.sum(1, keepdim=True) / y.shape[1]
+        mean = y.sum(1, keepdim=True) * (1 / y.shape[1])
         centred = y.sub_(mean)
-        variance = (centred * centred).sum(1, keepdim=True) / y.shape[1]
+        variance = (centred * centred).mean(1, keepdim=True)
         statistics[f"{name}.norm.mean"], statistics[f"{name}.norm.variance"] = mean[:, 0], variance[:, 0]
         r = torch.rsqrt(variance + EPSILON)
         normal = torch.addcmul(shift, centred, scale * r).view(shape)
-        masks = self._views(normal)
-        out = _pool(masks)
-        return Tape(windows, weight, scale, r, centred.view(shape), masks), out
+        passed = pool(self._pixels(normal), normal if self.strided else None)
+        return Tape(windows, weight, scale, r, centred.view(shape), passed), passed.out
 
     def _block_back(self, name: str, tape: Tape, to_x: Tensor, into: dict[str, Tensor], together: bool) -> Tensor:
         n = tape.centred.shape[1:4].numel()
@@ -305,10 +318,11 @@ class ClosedForm:
         to_normal = tape.to_normal = self._spread(tape, to_x).flatten(1, 3)
         total, along = to_normal.sum(1, keepdim=True), (to_normal * centred).sum(1, keepdim=True)
         tape.sums = total, along
-        a = tape.scale * r
-        to_y = torch.addcmul(a * total / -n, to_normal, a).addcmul_(centred, a * r.square() * along / -n)
+        a, to_scale = tape.scale * r, along * r
+        mean = a * (-1 / n)
+        to_y = torch.addcmul(mean * total, to_normal, a).addcmul_(centred, mean * to_scale * r)
         tape.to_y = to_y.view(tape.centred.shape)
-        _put(into, {f"{name}.norm.scale": (along * r)[:, 0], f"{name}.norm.shift": total[:, 0]}, together)
+        _put(into, {f"{name}.norm.scale": to_scale[:, 0], f"{name}.norm.shift": total[:, 0]}, together)
         into[f"{name}.weight"] = to_weight(tape.windows, tape.to_y, together)
         return to_images(tape.to_y, tape.weight, *_size(tape), tape.windows.stride)
 
@@ -318,16 +332,12 @@ class ClosedForm:
         t_scale, t_shift = _row(v[f"{name}.norm.scale"]), _row(v[f"{name}.norm.shift"])
         t_windows = Windows(t_x, tape.windows.stride)
         t_y = forwards(t_windows, tape.weight).add_(forwards(tape.windows, v[f"{name}.weight"])).flatten(1, 3)
-        n, centred = t_y.shape[1], tape.centred.flatten(1, 3)
-        t_centred = t_y.sub_(t_y.sum(1, keepdim=True) / n)
-        t_r = -tape.r.pow(3) * ((centred * t_centred).sum(1, keepdim=True) / n)
+        centred = tape.centred.flatten(1, 3)
+        t_centred = t_y.sub_(t_y.mean(1, keepdim=True))
+        t_r = -tape.r.pow(3) * (centred * t_centred).mean(1, keepdim=True)
         a, t_a = tape.scale * tape.r, t_scale * tape.r + tape.scale * t_r
         t_normal = torch.addcmul(t_shift, centred, t_a).addcmul_(t_centred, a).view(tape.centred.shape)
-        views = self._views(t_normal)
-        t_out = views[0] * tape.masks[0]
-        for view, mask in zip(views[1:], tape.masks[1:], strict=True):
-            t_out.addcmul_(view, mask)
-        return (t_windows, t_centred, t_r), t_out
+        return (t_windows, t_centred, t_r), tape.passed.forwards(self._pixels(t_normal))
 
     def _block_back_tangent(
         self,
@@ -363,7 +373,7 @@ class ClosedForm:
             to_images(tape.to_y, v[f"{name}.weight"], *size, stride)
         )
 
-    def _views(self, x: Tensor) -> list[Tensor]:
+    def _pixels(self, x: Tensor) -> list[Tensor]:
         """The pixels of every window, one after the other; all pixels where nothing is pooled."""
         if self.strided:
             return [x]
@@ -371,32 +381,12 @@ class ClosedForm:
         return [x[:, :, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1)]
 
     def _spread(self, tape: Tape, to_out: Tensor) -> Tensor:
-        """The adjoint of maximum and ReLU."""
-        if self.strided:
-            return to_out * tape.masks[0]
-        shape = tape.centred.shape
-        out = to_out.new_zeros(shape) if shape[2] % 2 or shape[3] % 2 else to_out.new_empty(shape)
-        for view, mask in zip(self._views(out), tape.masks, strict=True):
-            torch.mul(to_out, mask, out=view)
-        return out
-
-
-def _pool(views: list[Tensor]) -> Tensor:
-    """ReLU of the largest of the pixels of a window.
-
-    They themselves become the masks of what passed, 1 or 0; of equal ones the first passes.
-    """
-    if len(views) == 1:
-        out = torch.relu(views[0])
-        torch.sign(out, out=views[0])
-        return out
-    out = torch.maximum(torch.maximum(views[0], views[1]), torch.maximum(views[2], views[3]))
-    for view in views:
-        view.eq_(out)
-    free = torch.sign(out.relu_())
-    for view in views:
-        free.sub_(view.mul_(free))
-    return out
+        """Towards the norm's outputs; an odd last row or column is in no window."""
+        height, width = tape.centred.shape[2:4]
+        odd = not self.strided and (height % 2 or width % 2)
+        into = torch.zeros_like(tape.centred) if odd else torch.empty_like(tape.centred)
+        tape.passed.backwards(to_out, self._pixels(into))
+        return into
 
 
 def _size(tape: Tape) -> tuple[int, int]:

@@ -10,13 +10,16 @@ W(x, g), the one towards w, every derivative of the three is one of the three ag
 so that gradients of any order are exact, cost a matrix product each and need no stored
 patches. With a task axis, tasks that share their weights are just more images of one
 convolution. For tasks with weights of their own there are two ways, chosen by shape: few
-rows a task are batched products of gathered patches; many, on a CPU, are a convolution of
-oneDNN's for each task, which gathers nothing. Images are channels-last, so that the pixels
-of a window's row lie side by side. (The grouped convolution that `vmap` makes of `conv2d`
-is slower than either.)
+rows a task are batched products of gathered patches; many, on a CPU, are the groups of one
+convolution of oneDNN's, which gathers nothing. Images are channels-last, so that the pixels
+of a window's row lie side by side. Those of groups have, in memory, the tasks between pixels and
+channels, [n, height, width, tasks, channels], while the order of their axes is that of all others:
+passes over elements keep either and cost the same. (The grouped convolution that `vmap` makes of
+`conv2d`, with tasks and channels before the pixels, is slower than either way.)
 """
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -99,14 +102,19 @@ def _both_with_tasks(a: Tensor, in_a: int | None, b: Tensor, in_b: int | None, s
 MANY_ROWS = 240
 """From so many positions of all images that share a weight on, a CPU convolves by oneDNN."""
 
+MANY_POSITIONS = 9
+"""The same of one image where tasks have weights of their own."""
+
 
 class Windows:
-    """Images [n, height, width, in] or [tasks, n, height, width, in] under a stride; gathered once, if at all."""
+    """Images [n, height, width, in] or [tasks, n, height, width, in] under a stride; gathered and grouped once,
+    if at all."""
 
     def __init__(self, x: Tensor, stride: int) -> None:
         self.x, self.stride = x, stride
         self.rows, self.columns = _positions(x.shape[-3], stride), _positions(x.shape[-2], stride)
         self._gathered: Tensor | None = None
+        self._grouped: Tensor | None = None
 
     @property
     def gathered(self) -> Tensor:
@@ -115,44 +123,52 @@ class Windows:
             self._gathered = _patches(self.x, self.stride)
         return self._gathered
 
+    def nchw(self, groups: int) -> Tensor:
+        """As a convolution takes them that has a group for each task, or one for all."""
+        if groups == 1:
+            return _nchw(self.x, 1)
+        if self._grouped is None:
+            self._grouped = _nchw(self.x, groups)
+        return self._grouped
+
 
 def forwards(windows: Windows, weight: Tensor) -> Tensor:
     """C(x, w). weight: [3, 3, in, out], of all tasks, or [tasks, 3, 3, in, out]; nothing is recorded for autograd."""
-    x, stride = windows.x, windows.stride
+    x, stride, groups = windows.x, windows.stride, _groups(weight)
     shape = (*x.shape[:-3], windows.rows, windows.columns, weight.shape[-1])
-    if not _by_library(x, _images(x, weight) * windows.rows * windows.columns):
+    if not _by_library(shape, weight):
         return product(windows.gathered, weight.flatten(-4, -2)).view(shape)
-    if weight.ndim == 4:
-        return _convolved(x.flatten(0, -4), weight, stride).view(shape)
-    return _each([_convolved(*one, stride) for one in zip(x, weight, strict=True)])
+    found = F.conv2d(windows.nchw(groups), _oihw(weight), stride=stride, padding=1, groups=groups)
+    return _nhwc(found.to(x.dtype), groups, shape)
 
 
 def to_images(grad: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
     """X(g, w), likewise."""
-    shape = (height, width, weight.shape[-2])
-    if not _by_library(grad, _images(grad, weight) * grad.shape[-3] * grad.shape[-2]):
+    shape, groups = (*grad.shape[:-3], height, width, weight.shape[-2]), _groups(weight)
+    if not _by_library(grad.shape, weight):
         flat = grad.reshape(*grad.shape[:-4], -1, grad.shape[-1])
         taken = product(flat, weight.flatten(-4, -2).mT)
         taken = taken.view(-1, *grad.shape[-3:-1], taken.shape[-1])
-        return _scatter(taken, height, width, stride).view(*grad.shape[:-3], *shape)
-    if weight.ndim == 4:
-        return _towards_images(grad.flatten(0, -4), weight, shape, stride).view(*grad.shape[:-3], *shape)
-    return _each([_towards_images(*one, shape, stride) for one in zip(grad, weight, strict=True)])
+        return _scatter(taken, height, width, stride).view(shape)
+    grad = _nchw(grad, groups)
+    some = grad.new_empty(len(grad), height, width, groups * shape[-1]).permute(0, 3, 1, 2)
+    return _nhwc(_backwards(grad, some, _oihw(weight), stride, groups, [True, False, False])[0], groups, shape)
 
 
 def to_weight(windows: Windows, grad: Tensor, together: bool = False) -> Tensor:
     """W(x, g), of each task, or summed over them: `together`; as `laid_out` lays a weight out."""
     x, stride = windows.x, windows.stride
-    together = together or x.ndim == 4
-    if not _by_library(x, grad.shape[0 if together else 1 : -1].numel()):
+    own = () if together else x.shape[:-4]
+    some = x.new_empty(*own, grad.shape[-1], 3, 3, x.shape[-1]).movedim(-4, -1)
+    if not _by_library(grad.shape, some):
         gathered, flat = windows.gathered, grad.reshape(*grad.shape[:-4], -1, grad.shape[-1])
         if together:
             gathered, flat = gathered.flatten(0, -2), flat.flatten(0, -2)
         weight = product(flat.mT, gathered)
         return weight.view(*weight.shape[:-1], 3, 3, x.shape[-1]).movedim(-4, -1)
-    if together:
-        return _towards_weight(x.flatten(0, -4), grad.flatten(0, -4), stride)
-    return _each([_towards_weight(*one, stride) for one in zip(x, grad, strict=True)])
+    groups = _groups(some)
+    found = _backwards(_nchw(grad, groups), windows.nchw(groups), _oihw(some), stride, groups, [False, True, False])[1]
+    return found.permute(0, 2, 3, 1).reshape(*own, -1, *found.shape[2:], x.shape[-1]).movedim(-4, -1)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -165,57 +181,50 @@ def laid_out(weight: Tensor) -> Tensor:
     return weight.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
 
 
-def _each(tasks: list[Tensor]) -> Tensor:
-    """[tasks, …] of images, or of weights, whose slowest axis in memory is the last."""
-    if len(tasks) == 1:
-        return tasks[0][None]
-    if tasks[0].is_contiguous():
-        return torch.stack(tasks)
-    return torch.stack([weight.movedim(-1, 0) for weight in tasks]).movedim(1, -1)
+def summed(weight: Tensor) -> Tensor:
+    """Over the tasks, of [tasks, 3, 3, in, out] so laid out, in the order of memory."""
+    return weight.movedim(-1, 1).sum(0).movedim(0, -1)
 
 
-def _images(x: Tensor, weight: Tensor) -> int:
-    """How many share a weight."""
-    return x.shape[:-3].numel() if weight.ndim == 4 else x.shape[1]
+def _groups(weight: Tensor) -> int:
+    """One for each task that has a weight of its own, or one for all images."""
+    return 1 if weight.ndim == 4 else len(weight)
 
 
-def _by_library(x: Tensor, rows: int) -> bool:
-    """Whether oneDNN is the faster of the two; rows: positions of all images that share a weight."""
-    return x.device.type == "cpu" and rows >= MANY_ROWS
+def _by_library(shape: tuple[int, ...], weight: Tensor) -> bool:
+    """Whether oneDNN is the faster of the two; shape: of the convolution's outputs."""
+    if weight.device.type != "cpu":
+        return False
+    if _groups(weight) == 1:
+        return math.prod(shape[:-1]) >= MANY_ROWS
+    return math.prod(shape[-3:-1]) >= MANY_POSITIONS
 
 
-def _convolved(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    return _nhwc(F.conv2d(_nchw(x), _oihw(weight), stride=stride, padding=1)).to(x.dtype)
+def _nchw(x: Tensor, groups: int) -> Tensor:
+    """[images, groups · channels, height, width] of […, n, height, width, channels], channels last in memory."""
+    together = x.flatten(0, -4) if groups == 1 else x.permute(1, 2, 3, 0, 4).flatten(3)
+    return together.permute(0, 3, 1, 2)
 
 
-def _towards_images(grad: Tensor, weight: Tensor, shape: tuple[int, int, int], stride: int) -> Tensor:
-    some = grad.new_empty(grad.shape[0], *shape)
-    return _nhwc(_backwards(grad, some, weight, stride, [True, False, False])[0])
-
-
-def _towards_weight(x: Tensor, grad: Tensor, stride: int) -> Tensor:
-    some = x.new_empty(grad.shape[-1], 3, 3, x.shape[-1]).movedim(0, -1)
-    return _backwards(grad, x, some, stride, [False, True, False])[1].permute(2, 3, 1, 0)
-
-
-def _backwards(grad: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: list[bool]) -> tuple[Tensor, ...]:
-    """conv2d's derivatives; only the shape and layout of what has its own derivative taken are read."""
-    found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
-        _nchw(grad), _nchw(x), _oihw(weight), None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, wanted
-    )
-    return found
-
-
-def _nchw(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).contiguous()
+def _nhwc(found: Tensor, groups: int, shape: tuple[int, ...]) -> Tensor:
+    """Back, to […, n, height, width, channels]."""
+    found = found.permute(0, 2, 3, 1).contiguous()
+    return found.view(shape) if groups == 1 else found.view(*found.shape[:3], groups, -1).permute(3, 0, 1, 2, 4)
 
 
 def _oihw(weight: Tensor) -> Tensor:
-    return weight.permute(3, 2, 0, 1)
+    """[groups · out, in, 3, 3]."""
+    return weight.movedim(-1, -4).flatten(0, -4).permute(0, 3, 1, 2)
+
+
+def _backwards(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, groups: int, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    """conv2d's derivatives; only the shape and layout of what has its own derivative taken are read."""
+    found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], groups, wanted
+    )
+    return found
 
 
 class _Convolution(torch.autograd.Function):

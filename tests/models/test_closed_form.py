@@ -58,6 +58,7 @@ def close(found, expected):
 @pytest.fixture(params=[1, 10**9], ids=["by oneDNN", "by products"])
 def many_rows(request, monkeypatch):
     monkeypatch.setattr(convolution, "MANY_ROWS", request.param)
+    monkeypatch.setattr(convolution, "MANY_POSITIONS", request.param)
 
 
 @pytest.mark.usefixtures("many_rows")

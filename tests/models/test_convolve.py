@@ -36,6 +36,7 @@ def close(found, expected, bound=1e-12):
 @pytest.fixture(params=[1, 10**9], ids=["by oneDNN", "by products"], autouse=True)
 def many_rows(request, monkeypatch):
     monkeypatch.setattr(convolution, "MANY_ROWS", request.param)
+    monkeypatch.setattr(convolution, "MANY_POSITIONS", request.param)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
