@@ -14,7 +14,7 @@ rows a task are batched products of gathered patches; many, on a CPU, are the gr
 convolution of oneDNN's, which gathers nothing. Images are channels-last, so that the pixels
 of a window's row lie side by side. Those of groups have, in memory, the tasks between pixels and
 channels, [n, height, width, tasks, channels], while the order of their axes is that of all others:
-passes over elements keep either and cost the same. (The grouped convolution that `vmap` makes of
+passes over elements keep either and cost about the same. (The grouped convolution that `vmap` makes of
 `conv2d`, with tasks and channels before the pixels, is slower than either way.)
 """
 
