@@ -8,6 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from multiprocessing import connection
 from typing import Any, NamedTuple
 
@@ -31,7 +32,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "flat": {},
     "flat, by Ray alone": {"lines": False},
     "tree": {"sums": "tree"},
-    "2 aggregators": {"aggregators": 2},
     "4 aggregators": {"aggregators": 4},
 }
 """Keys of `cluster`."""
@@ -66,17 +66,22 @@ class Sender(Reached):
         self.blueprint = Blueprint(config, shape)
         self.pieces = cut(self.blueprint, topology(config.cluster, self.blueprint).aggregators)
         self.q = np.random.default_rng(0).integers(-(2**20), 2**20, self.blueprint.sums.total)
-        # Two steps' sums, in shared memory, where a worker writes them.
-        self._spaces, self._sums = Spaces(), [Space(self.q.nbytes) for _ in range(2)]
-        for space in self._sums:
+        self._spaces = Spaces()
+
+    @cached_property
+    def sums(self) -> list[Space]:
+        """Two steps' sums, in shared memory, where a worker writes them."""
+        found = [Space(self.q.nbytes) for _ in range(2)]
+        for space in found:
             space.array(self.q.dtype.str, len(self.q))[:] = self.q
+        return found
 
     def compute_here(
         self, published: Published, step: int, attempt: int, shards: Sequence[int]
     ) -> tuple[Receipt, Shared]:
         """The same by a line."""
         head, values = self._spaces.read(published.values)
-        shared = self._sums[step % 2].shared(self.q.dtype.str, len(self.q))
+        shared = self.sums[step % 2].shared(self.q.dtype.str, len(self.q))
         _, q = self._spaces.read(shared)
         current = head[0] == step and bool(np.isfinite(values[:1]).all())
         return Receipt(os.getpid(), tuple(shards), (), (), current, (sealed(q),)), shared
