@@ -285,7 +285,7 @@ class Cluster(Tree):
             raise ValueError(f"staleness: is read by cluster.strategy=async only, not by {strategy}")
         if strategy == "aggregator":
             return self
-        for key in ("silence", "linger"):
+        for key in ("silence", "linger", "lines"):
             if getattr(self, key) != Cluster.model_fields[key].default:
                 raise ValueError(f"{key}: is read by cluster.strategy=aggregator only, not by {strategy}")
         if self.workers == 0:

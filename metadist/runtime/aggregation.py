@@ -48,6 +48,7 @@ class Aggregator(Watched, Reached, aggregator.Aggregator):
 
     def publish(self) -> Published:
         """θ_t in shared memory."""
+        self._spaces.prune()
         return Published(self.step, self.attempt, self._board.publish(self.step, self.broadcast), self.exponents)
 
     def add_here(self, *told: Any) -> None:
@@ -291,7 +292,7 @@ class Aggregation:
     def _send(
         self, step: int, attempt: int, shards: Collection[int], seals: Sequence[int], sums: Sequence[Any]
     ) -> None:
-        # Calls from one driver to one actor run in order, so these are counted before `apply`.
+        # What one driver calls runs in order, by a line and, after a rest, by Ray: this is counted before `apply`.
         if self._line is not None and isinstance(sums[0], Shared):
             self._line.tell("add_here", step, attempt, shards, sums[0], seals[0])
             return
@@ -337,30 +338,29 @@ class Aggregation:
 
     def apply(self, step: int) -> Later:
         """Take the outer step; its report may be waited for. Where it says that shards are missing, none was taken."""
+        acks, self._acks = self._acks, []
         if self._published is not None:
             both = self._by_line("apply_here", step)
             self._published, self._broadcast = (lambda: both()[1]), ()
-            return lambda: both()[0]
+            return lambda: self._report(step, acks, lambda: both()[0])
         squares = [actor.squares.remote(step) for actor in self._actors] if len(self._actors) > 1 else []
         applied = [actor.apply.options(num_returns=2).remote(step, *squares) for actor in self._actors]
         self._broadcast = tuple(broadcast for _, broadcast in applied)
-        acks, self._acks = self._acks, []
+        return lambda: self._report(step, acks, lambda: _joined(self.ray.get([report for report, _ in applied])))
 
-        def later() -> Report:
-            from ray.exceptions import ObjectLostError, RayError, RayTaskError
+    def _report(self, step: int, acks: Sequence[Any], answer: Callable[[], Report]) -> Report:
+        """Wait for it, and for the answers to what was added by Ray."""
+        from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
+        try:
             try:
-                try:
-                    self.ray.get(acks)
-                except RayTaskError as error:  # a sum went with its host: the report says which shards are missing
-                    if not isinstance(error.cause, ObjectLostError):
-                        raise
-                found = _joined(self.ray.get([report for report, _ in applied]))
-            except RayError as error:
-                raise aggregator_lost(error, f"step {step}: ") from error
-            return found
-
-        return later
+                self.ray.get(acks)
+            except RayTaskError as error:  # a sum went with its host: the report says which shards are missing
+                if not isinstance(error.cause, ObjectLostError):
+                    raise
+            return answer()
+        except RayError as error:
+            raise aggregator_lost(error, f"step {step}: ") from error
 
     def snapshot(self) -> Callable[[], Snapshot]:
         """The state between two steps; calling what is returned waits for it."""

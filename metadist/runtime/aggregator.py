@@ -202,9 +202,10 @@ class Aggregator:
         else:
             seals = _added(self.total, [one.q for one in sums], first) if sums else []
             whole = [one.seal is None or one.seal == seal for one, seal in zip(sums, seals, strict=True)]
-            for one in (one for one, kept in zip(sums, whole, strict=True) if not kept):
-                # Exact as integers are, they are taken out again.
-                self.total -= one.q
+            if not all(whole):
+                # It is in the total, and what it was may change before it is taken out: the step's sum begins again.
+                self.added.clear()
+                return [False for _ in sums]
         self.added.update(*(one.shards for one, kept in zip(sums, whole, strict=True) if kept))
         return whole
 

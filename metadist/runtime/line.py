@@ -9,6 +9,7 @@ called by Ray meanwhile has its turn. After `settle` what is called by Ray is do
 import contextlib
 import itertools
 import os
+import select
 import socket
 import struct
 import sys
@@ -58,10 +59,13 @@ class Reached:
                 old.close()
         self._line, self._calls_taken = None, 0
         name = f"\0metadist-{uuid.uuid4().hex}"
-        self._listening = socket.socket(socket.AF_UNIX)
-        self._listening.bind(name)
-        self._listening.listen()
-        self._probe = Space(0)
+        try:
+            self._probe = Space(0)
+            self._listening = socket.socket(socket.AF_UNIX)
+            self._listening.bind(name)
+            self._listening.listen()
+        except OSError:
+            return None
         self._probe.head[0] = PROBE
         return Address(name, self._probe.shared("u1", 0))
 
@@ -138,6 +142,9 @@ class Line:
     def __init__(self, ray: Any, actor: Any, connection: Connection) -> None:
         self.ray, self.actor, self.connection = ray, actor, connection
         self.serving: Any = None
+        self._last: Any = None
+        self._ready = select.poll()
+        self._ready.register(connection.fileno(), select.POLLIN | select.POLLOUT)
         self._session = self._sent = self._taken = 0
         self._tickets = itertools.count()
         self._answers: dict[int, Any] = {}
@@ -210,7 +217,7 @@ class Line:
 
         self.close()
         try:
-            self.ray.get(self.serving if self.serving is not None else self.actor.listen.remote(), timeout=DEATH)
+            self.ray.get(self._last if self._last is not None else self.actor.listen.remote(), timeout=DEATH)
         except RayError as error:
             found: Exception = error
             return found
@@ -222,14 +229,24 @@ class Line:
 
     def _serve(self) -> None:
         self._session += 1
-        self.serving = self.actor.serve.remote(self._session)
+        self.serving = self._last = self.actor.serve.remote(self._session)
 
     def _send(self, ticket: int | None, method: str, arguments: tuple[Any, ...]) -> None:
+        with contextlib.suppress(EOFError, OSError):  # whoever waits for an answer hears of it
+            self._until_there_is_room()
         if self.serving is None:
             self._serve()
         self._sent += 1
-        with contextlib.suppress(OSError):  # whoever waits for an answer hears of it
+        with contextlib.suppress(OSError):
             self.connection.send((ticket, method, arguments))
+
+    def _until_there_is_room(self) -> None:
+        """Take what the actor says meanwhile: one that has returned to Ray with calls left would leave them there."""
+        while True:
+            ((_, state),) = self._ready.poll()
+            if not state & select.POLLIN:
+                return
+            self._receive()
 
     def _receive(self, again: bool = True) -> None:
         """One message; of an actor that returned to Ray with calls left, it is called again."""
@@ -238,7 +255,7 @@ class Line:
             self._answers[ticket] = found
             return
         session, self._taken = found
-        if session == self._session and self.serving is not None:
+        if session == self._session:
             self.serving = None
             if again and self._sent > self._taken:
                 self._serve()

@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any, NamedTuple, NoReturn
 
-import numpy as np
-
 from metadist.config import Config
 from metadist.engine.fingerprint import differences
 from metadist.errors import ClusterError, MetadistError
@@ -94,14 +92,15 @@ class Worker(Reached, worker.Worker):
     ) -> tuple[Receipt, Shared | None]:
         """The same as `compute`, from θ in memory that is shared, into memory that is."""
         late = Receipt(os.getpid(), (), (), (), False, ())
+        self._spaces.prune()
         try:
             head, values = self._spaces.read(published.values)
         except Gone:  # the aggregator
             return late, None
         blueprint, broadcast = self.engine.blueprint, Broadcast(*published[:2], values, published.exponents)
-        size = blueprint.sums.total if blueprint.compression is None else 0  # payloads are put there afterwards
-        space = self._outbox.place(step, 8 * size)
-        into = space.array("<i8", size) if size else None
+        own = blueprint.compression is None and self.engine.programs is None  # else what is sent lies elsewhere
+        space = self._outbox.place(step, 8 * blueprint.sums.total) if own else None
+        into = None if space is None else space.array("<i8", blueprint.sums.total)
         try:
             receipt, q = self.compute(broadcast, step, attempt, shards, into=into)
         except Exception:
@@ -109,8 +108,12 @@ class Worker(Reached, worker.Worker):
                 return late, None
             raise
         if head[0] != published.step:  # one that was stopped for two steps; nobody waits for its answer
-            return late, None
-        if into is None or not np.may_share_memory(q, into):
+            receipt = late
+        if not receipt.summed:
+            if space is not None:
+                space.head[0] = Outbox.READ
+            return receipt, None
+        if space is None:
             space = self._outbox.place(step, q.nbytes)
             space.array(q.dtype.str, len(q))[:] = q
         return receipt, space.shared(q.dtype.str, len(q))
@@ -260,7 +263,8 @@ class Pool:
         # Hosts have process ids of their own: two workers may have the same.
         here = introduction.host == socket.gethostname()
         self.called[name] = f"{introduction.pid}" if here else f"{introduction.pid}@{introduction.host}"
-        line = Line.to(self.ray, self.actors[name], address) if self.config.cluster.lines else None
+        wanted = self.config.cluster.lines and self.config.cluster.strategy == "aggregator"
+        line = Line.to(self.ray, self.actors[name], address) if wanted else None
         if line is not None:
             self.lines[name] = line
         self.dispatcher.join(name)
@@ -359,8 +363,8 @@ class Pool:
             return self._from_ray(waiting, patience)
         patience = min(LOOKS, patience)
         came = self._from_lines(0.0 if self.asked else patience)
-        if waiting and not came and (self.asked or now() > self._looked + LOOKS):
-            came = self._from_ray(waiting, patience if self.asked else 0.0)
+        if waiting and (self.asked or now() > self._looked + LOOKS):
+            came += self._from_ray(waiting, patience if self.asked and not came else 0.0)
         return came
 
     def _from_lines(self, patience: float) -> list[Came]:

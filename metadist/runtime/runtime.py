@@ -61,7 +61,7 @@ class Runtime(Protocol):
     timeline: Timeline
 
     def begin(self, step: int) -> None:
-        """Let the workers start on a step; returns at once."""
+        """Let the workers start on a step; waits for no shard. Raises AggregatorLost."""
         ...
 
     def finish(self, step: int) -> None:

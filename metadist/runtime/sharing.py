@@ -7,6 +7,7 @@ name that could be left behind: it is gone with the last process that maps it.
 import mmap
 import os
 import stat
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
@@ -49,6 +50,7 @@ class Space:
 
     def __init__(self, size: int) -> None:
         self.file, self.bytes = os.memfd_create("metadist"), HEAD + size
+        weakref.finalize(self, os.close, self.file)
         os.ftruncate(self.file, self.bytes)
         self._map = mmap.mmap(self.file, self.bytes)
         self.head = np.frombuffer(self._map, np.int64, 1)
@@ -73,15 +75,17 @@ class Spaces:
         """Its head, int64 [1], and its numbers. Raises Gone."""
         key = shared[:3]
         if key not in self._open:
-            # The memory of the dead is given back when nobody has it open.
-            for dead in [one for one in self._open if not os.path.exists(f"/proc/{one[0]}")]:
-                del self._open[dead]
             self._open[key] = _mapped(shared)
             if len(self._open) > KEPT:
                 self._open.popitem(last=False)
         self._open.move_to_end(key)
         there = self._open[key]
         return np.frombuffer(there, np.int64, 1), np.frombuffer(there, shared.dtype, shared.length, HEAD)
+
+    def prune(self) -> None:
+        """Give back the memory of the dead."""
+        for dead in [one for one in self._open if not os.path.exists(f"/proc/{one[0]}")]:
+            del self._open[dead]
 
 
 def _mapped(shared: Shared) -> mmap.mmap:

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from metadist.runtime import line
@@ -90,6 +90,7 @@ WAYS = st.lists(st.sampled_from(["call", "tell", "ray", "rest", "answer", "pause
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ways=WAYS)
+@example(ways=["call", "answer", "pause", "pause", "call", "rest", "answer"])
 def test_in_the_order_of_the_calls(ways: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """However calls, rests and pauses fall together: all are done once, in order, and every answer is its call's."""
     monkeypatch.setattr(line, "SECONDS", 0.003)
@@ -148,6 +149,32 @@ def test_a_defect_is_what_ray_tells(error: Exception, diary: tuple[Diary, Actor,
     ticket = found.call("fail", error)
     with pytest.raises(type(error), match="a defect"):
         found.answer(ticket)
+
+
+def test_a_defect_is_told_after_a_rest(diary: tuple[Diary, Actor, Line]) -> None:
+    _, _, found = diary
+    ticket = found.call("fail", ValueError("a defect"))
+    found.rest()
+    with pytest.raises(ValueError, match="a defect"):
+        found.answer(ticket)
+
+
+def test_what_is_told_is_done_meanwhile(diary: tuple[Diary, Actor, Line], monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a socket holds, to an actor that returns to Ray all the time, and that nobody asks for an answer."""
+    monkeypatch.setattr(line, "SECONDS", 0.02)
+    of, _, found = diary
+    for number in range(3000):
+        found.tell("note", number)
+        if number % 1000 == 500:
+            time.sleep(0.03)
+            before = len(of.notes)
+            found.tell("note", number)
+            deadline = time.monotonic() + 10
+            while len(of.notes) == before and time.monotonic() < deadline:
+                time.sleep(0.001)
+            assert len(of.notes) > before
+    found.settle()
+    assert len(of.notes) == 3003
 
 
 def test_an_end_that_ray_does_not_explain(diary: tuple[Diary, Actor, Line]) -> None:

@@ -88,5 +88,6 @@ def test_few_are_kept_open(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process.pid in {pid for pid, *_ in reader._open}
     process.kill()
     process.join(10)
-    reader.read(put(box, 0, np.array([21])))
+    reader.prune()
+    assert len(reader._open) == 7
     assert process.pid not in {pid for pid, *_ in reader._open}, "what the dead had is given back"
