@@ -53,6 +53,7 @@ def test_now_by_lines_now_by_ray(
     assert sum(result["shards_by_worker"].values()) == 12 * 4
 
 
+@pytest.mark.chaos
 def test_by_ray_alone(on_cluster: Make, tiny_run: Any, tmp_path: Path) -> None:
     """Without lines."""
     result = train(on_cluster(2, "cluster.lines=false"), "tiny", tmp_path / "run").result
