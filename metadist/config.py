@@ -269,8 +269,8 @@ class Cluster(Tree):
     )
     lines: bool = Field(
         True,
-        description="driver, workers and the aggregator of one machine talk by sockets and shared memory, beside Ray; "
-        "false: by Ray alone",
+        description="where all workers and an only aggregator are on the driver's machine (Linux), with flat sums, "
+        "they talk by sockets and shared memory, beside Ray; false: by Ray alone",
     )
     ship: bool = Field(True, description="send this package's code to the hosts of another's cluster")
     silence: Rate = Field(30.0, description="seconds after which an aggregator that stands still is replaced")

@@ -109,6 +109,10 @@ class _Contender:
         addresses = ray.get([sender.listen.remote() for sender in self.senders]) if self.sums.lined else []
         lines = [Line.to(ray, *to) for to in zip(self.senders, addresses, strict=False)]
         self.lines = [line for line in lines if line is not None]
+        if len(self.lines) < WORKERS:
+            self.lines.clear()
+            if keys == WAYS["flat"]:
+                say(f"{size.name}: there are no lines between processes here; flat is by Ray too")
         self.seconds()  # warm
 
     def seconds(self) -> float:

@@ -58,7 +58,7 @@ class Scenario(NamedTuple):
 
 
 def run(say: Callable[[str], None]) -> list[Row]:
-    """The suite; some six minutes."""
+    """The suite; some three minutes."""
     rows: list[Row] = []
     if importlib.util.find_spec("ray") is None:
         say("without Ray the cost of aggregation on one machine is not measured")
