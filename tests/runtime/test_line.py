@@ -28,6 +28,9 @@ class Diary(Reached):
         self.notes.append(number)
         return len(self.notes)
 
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
     def fail(self, error: Exception) -> None:
         raise error
 
@@ -149,6 +152,20 @@ def test_a_defect_is_what_ray_tells(error: Exception, diary: tuple[Diary, Actor,
     ticket = found.call("fail", error)
     with pytest.raises(type(error), match="a defect"):
         found.answer(ticket)
+
+
+def test_no_call_is_left_behind_a_rest(diary: tuple[Diary, Actor, Line], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The actor's time is over while it does the first of two calls; the second one is done all the same."""
+    monkeypatch.setattr(line, "SECONDS", 0.003)
+    _, _, found = diary
+    found.tell("sleep", 0.05)
+    ticket = found.call("note", 1)
+    found.rest()
+    answered: list[int] = []
+    waiting = threading.Thread(target=lambda: answered.append(found.answer(ticket)), daemon=True)
+    waiting.start()
+    waiting.join(10)
+    assert answered == [1]
 
 
 def test_a_defect_is_told_after_a_rest(diary: tuple[Diary, Actor, Line]) -> None:
