@@ -9,8 +9,12 @@ sum overflows depends on the grouping. So every part is checked before it is add
 and |q| ≤ 2^62 / parts. Where parts exceed the bound, the whole step is done again with
 coarser exponents for the tensors in which any of them did, once all parts have been seen,
 so that this too depends on no order.
+
+An array of integers is known by its seal: the elements' sum, around the end of int64. It is as quick as memory, every
+flipped bit moves it, and a sum's seal is the sum of its parts' seals.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -46,17 +50,29 @@ ties to even. As an integer, the sum's bits are ROUNDING's plus the rounded numb
 class Part(NamedTuple):
     """A quantised summand: q int64 [total], and what is wrong with it, if anything.
 
-    exceeding: indices of the tensors that are beyond the bound; q is zero then.
+    exceeding: indices of the tensors that are beyond the bound; q is zero then. seal: of q.
     """
 
     q: np.ndarray
     finite: bool
     exceeding: tuple[int, ...]
+    seal: int = 0
 
     @property
     def fits(self) -> bool:
         """Whether it may be added."""
         return self.finite and not self.exceeding
+
+
+def seal_of(q: np.ndarray) -> int:
+    """Of integers, int64."""
+    return int(np.add.reduce(q))
+
+
+def seal_of_all(seals: Iterable[int]) -> int:
+    """Of the sum of what has these."""
+    total = sum(seals) & (2**64 - 1)
+    return total - 2**64 if total >> 63 else total
 
 
 def first_exponents(layout: Layout) -> np.ndarray:
@@ -87,9 +103,10 @@ def quantise(
     out: int64 [total], contiguous, where q is written to, if it is to lie in memory that is there.
     """
     q = np.empty(layout.total, dtype=np.int64) if out is None else out
-    on_cpu = all(tensors[name].device.type == "cpu" for name in layout.names)
-    if on_cpu and _rounded_into(q, layout, tensors, exponents) <= 2.0**HEADROOM_BITS / parts:  # false for NaN
-        return Part(q, True, ())
+    if all(tensors[name].device.type == "cpu" for name in layout.names):
+        largest, seal = _rounded_into(q, layout, tensors, exponents)
+        if largest <= 2.0**HEADROOM_BITS / parts:  # false for NaN
+            return Part(q, True, (), seal)
     scale = scales(layout, exponents, tensors[layout.names[0]].device)
     found = rounded(layout, tensors, scale).part(layout, scale, parts)
     if out is None:
@@ -98,13 +115,15 @@ def quantise(
     return found._replace(q=out)
 
 
-def _rounded_into(q: np.ndarray, layout: Layout, tensors: Mapping[str, Tensor], exponents: np.ndarray) -> float:
-    """Write round(x · 2^e), block by block; returns its greatest magnitude, NaN where one is. Then, and beyond 2^63,
-    what is written is anything."""
+def _rounded_into(
+    q: np.ndarray, layout: Layout, tensors: Mapping[str, Tensor], exponents: np.ndarray
+) -> tuple[float, int]:
+    """Write round(x · 2^e), block by block; returns its greatest magnitude, NaN where one is, and its seal. Then, and
+    beyond 2^63, what is written is anything."""
     factors = np.ldexp(1.0, exponents.astype(np.int32)).tolist()
     scaled = torch.empty(min(BLOCK, layout.total), dtype=torch.float64)
     as_integers, rounding = scaled.numpy().view(np.int64), np.float64(ROUNDING).view(np.int64)
-    whole, extremes = torch.from_numpy(q), [0.0]
+    whole, extremes, seals = torch.from_numpy(q), [0.0], list[int]()
     for run in layout.runs:
         every = [tensors[layout.names[index]].detach().reshape(-1) for index in run.tensors]
         values = every[0] if len(every) == 1 else torch.cat(every)
@@ -120,7 +139,8 @@ def _rounded_into(q: np.ndarray, layout: Layout, tensors: Mapping[str, Tensor], 
                 np.subtract(as_integers[: len(here)], rounding, out=q[block])
             else:
                 whole[block] = here.round_()
-    return float(np.rint(np.max(extremes)))
+            seals.append(seal_of(q[block]))
+    return float(np.rint(np.max(extremes))), seal_of_all(seals)
 
 
 class Rounded(NamedTuple):
@@ -135,7 +155,8 @@ class Rounded(NamedTuple):
         """The part, if it fits; else what is wrong with it."""
         bound = 2.0**HEADROOM_BITS / parts
         if float(self.largest) <= bound:  # false for NaN
-            return Part(self.q.cpu().numpy(), True, ())
+            q = self.q.cpu().numpy()
+            return Part(q, True, (), seal_of(q))
         finite = bool(self.values.isfinite().all())
         each = layout.split((self.values * scale).round_().abs())
         exceeding = tuple(index for index, name in enumerate(layout.names) if not float(each[name].max()) <= bound)
@@ -149,50 +170,85 @@ def rounded(layout: Layout, tensors: Mapping[str, Tensor], scale: Tensor) -> Rou
     return Rounded(values, found.long(), found.abs().max())
 
 
-def dequantise(layout: Layout, total: np.ndarray, exponents: np.ndarray, parts: int = 1) -> Tensor:
-    """The sum, or the mean over so many, float64 [total]."""
-    return Means(layout, total).whole(exponents, parts)
+class Block(threading.local):
+    """Memory for a block, of each thread its own."""
+
+    def __init__(self, size: int, dtype: type) -> None:
+        self.array: np.ndarray = np.empty(min(BLOCK, size), dtype=dtype)
+
+
+class Adding:
+    """Sums that are added to a total, block by block, on one core or several: every block goes through memory once.
+
+    total: int64 [total], the sum so far; fresh: of nothing, whatever is there.
+    """
+
+    def __init__(self, total: np.ndarray, sums: Sequence[np.ndarray], fresh: bool) -> None:
+        self._total, self._sums, self._fresh = total, sums, fresh
+        self._own = Block(total.size, np.int64)
+        self._seals: list[int] = []
+
+    def block(self, at: slice, kept: bool = True) -> np.ndarray:
+        """A block of the new total, once. Unless kept it is not there afterwards, and good until this thread's next."""
+        there = self._total[at] if kept else self._own.array[: at.stop - at.start]
+        found = None if self._fresh else self._total[at]
+        for q in self._sums:
+            found = q[at] if found is None else np.add(found, q[at], out=there)
+        assert found is not None, "a sum of something"
+        if kept and found is not there:
+            there[:] = found
+        self._seals.append(seal_of(found))
+        return found
+
+    @property
+    def seal(self) -> int:
+        """Of the blocks that were read."""
+        return seal_of_all(self._seals)
 
 
 class Means:
-    """A sum's mean, float64, block by block, each in the same memory; total: where the sum is, int64 [total].
+    """A sum's means, float64, block by block, on one core or several; layout: the sum's."""
 
-    largest: every tensor's greatest magnitude in what was read of the sum.
-    """
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._own = Block(layout.total, np.float64)
+        self._magnitudes: list[tuple[int, int]] = []
 
-    def __init__(self, layout: Layout, total: np.ndarray) -> None:
-        self._layout, self._total = layout, total
-        self._mean: np.ndarray = np.empty(min(BLOCK, layout.total))
-        self._tensor = torch.from_numpy(self._mean)
-        self.largest = [0] * len(layout.names)
-
-    def over(self, exponents: np.ndarray, parts: int) -> Callable[[Run, slice], Tensor]:
-        """How a block of a run is read: the next one overwrites it."""
+    def over(
+        self, q: Callable[[slice], np.ndarray], exponents: np.ndarray, parts: int
+    ) -> Callable[[Run, slice], Tensor]:
+        """How a block of a run is read, good until this thread reads the next; q: how its integers are."""
         # int64 → float64 rounds once, to nearest, the same everywhere. 2^e · parts is exact, and its inverse too if
         # `parts` is a power of two: then the quotient by it is the product, a third of the time.
         divisors = np.ldexp(float(parts), exponents.astype(np.int32))
         exact = parts & (parts - 1) == 0
         scaled, by = (np.multiply, (1 / divisors).tolist()) if exact else (np.divide, divisors.tolist())
-        self.largest = [0] * len(self.largest)
+        magnitudes = self._magnitudes = []
 
         def read(run: Run, block: slice) -> Tensor:
-            q = self._total[block]
-            mean = self._mean[: len(q)]
-            np.copyto(mean, q)
+            integers, means = q(block), self._own.array[: block.stop - block.start]
+            np.copyto(means, integers)
             for index, part in zip(run.tensors, run.parts, strict=True):
-                here = mean[part]
+                here = means[part]
                 scaled(here, by[index], out=here)
             # Python integers: the magnitude of the most negative int64 is no int64.
-            ends = (extreme.reduceat(q, run.starts).tolist() for extreme in (np.maximum, np.minimum))
-            for index, high, low in zip(run.tensors, *ends, strict=True):
-                self.largest[index] = max(self.largest[index], high, -low)
-            return self._tensor[: len(q)]
+            ends = (extreme.reduceat(integers, run.starts).tolist() for extreme in (np.maximum, np.minimum))
+            magnitudes.extend((index, max(high, -low)) for index, high, low in zip(run.tensors, *ends, strict=True))
+            return torch.from_numpy(means)
 
         return read
 
-    def whole(self, exponents: np.ndarray, parts: int) -> Tensor:
+    @property
+    def largest(self) -> list[int]:
+        """Every tensor's greatest magnitude in what was read."""
+        found = [0] * len(self._layout.names)
+        for index, magnitude in self._magnitudes:
+            found[index] = max(found[index], magnitude)
+        return found
+
+    def whole(self, q: np.ndarray, exponents: np.ndarray, parts: int) -> Tensor:
         """All of it, float64 [total]."""
-        mean, read = torch.empty(self._layout.total, dtype=torch.float64), self.over(exponents, parts)
+        mean, read = torch.empty(self._layout.total, dtype=torch.float64), self.over(q.__getitem__, exponents, parts)
         for run in self._layout.runs:
             for block in run.blocks():
                 mean[block] = read(run, block)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 BLOCK = 1 << 17
 """Elements of a large buffer that are worked on at a time: what is done to them one after the other finds them in the
-processor's cache."""
+processor's cache. The norm of a large tensor is summed block by block: its bits are those of this size."""
 
 
 def blocks(size: int, start: int = 0) -> Iterator[slice]:

@@ -6,18 +6,29 @@ What it descends is a mean over tasks or replicas: of meta-gradients, or of diff
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from metadist.config import Optimizer
+from metadist.engine.cores import on_cores
+from metadist.engine.device import one_thread
+from metadist.engine.exact import Block
 from metadist.engine.layout import BLOCK, Layout, Run
 
 STATE_MOMENTUM = 0.1
 """Weight of a meta-step's mean in the running state, as in torch's batch norm."""
 
+Done = TypeVar("Done")
+
 Gradient = Callable[[Run, slice], Tensor]
-"""A run of θ and a block of it → that block of a mean gradient, float64, good until the next call."""
+"""A run of θ and a block of it → that block of a mean gradient, float64, good until this thread's next call."""
+
+ROUND = 64
+"""θ is padded to a multiple of so many elements, one of the widest vectors': torch's fused kernels round what is left
+over of a block otherwise than what they take in vectors."""
 
 
 def learning_rate(outer: Optimizer, step: int) -> float:
@@ -44,7 +55,7 @@ class OuterStep:
     """θ with its torch.optim optimizer, on all of θ as one flat buffer in name order.
 
     The optimizer's parameters are blocks of that buffer. What it does is done to each element by itself, so that blocks
-    change no bit; but each of its passes over a block finds it in the processor's cache.
+    change no bit.
 
     outer: its keys; with `steps` of them the schedule is at its end. at: those in force in a meta-step, of which rate,
     clip and weight decay are read. theta: by name, views, which the next step moves.
@@ -54,29 +65,34 @@ class OuterStep:
         self, outer: Optimizer, theta: Mapping[str, Tensor], at: Callable[[int], Optimizer] | None = None
     ) -> None:
         self.at, self.layout = at or (lambda step: outer), Layout.of(theta)
-        self.flat = self.layout.flatten(theta).detach()
+        flat = self.layout.flatten(theta).detach()
+        padded = torch.zeros(-(-len(flat) // ROUND) * ROUND, dtype=flat.dtype, device=flat.device)
+        self.flat = padded[: len(flat)]
+        self.flat.copy_(flat)
         self.theta = self.layout.split(self.flat)
-        self._gradient = torch.empty_like(self.flat)
-        longest = max((run.at.stop - run.at.start for run in self.layout.runs), default=0)
-        self._squares = torch.empty(longest, dtype=torch.float64, device=self.flat.device)
+        self._gradient = torch.zeros_like(padded)
+        self._squares = Block(len(flat), np.float64)
         # A GPU has no cache to speak of, and pays for every call.
-        self._block = BLOCK if self.flat.device.type == "cpu" else max(1, self.layout.total)
-        self._blocks = [block.requires_grad_() for block in torch.split(self.flat, self._block)]
+        self._on_cpu = flat.device.type == "cpu"
+        self._block = BLOCK if self._on_cpu else max(1, len(padded))
+        self._blocks = [block.requires_grad_() for block in torch.split(padded, self._block)]
         for block, gradient in zip(self._blocks, torch.split(self._gradient, self._block), strict=True):
             block.grad = gradient
-        # One plain kernel after the other: a fused or multi-tensor one may round differently.
-        plain = {"lr": outer.lr, "weight_decay": outer.weight_decay, "foreach": False}
+        # Fused, it goes through memory once, not once for each operation; rmsprop has nothing fused.
+        keys = {"lr": outer.lr, "weight_decay": outer.weight_decay, "foreach": False}
+        fused = keys | {"fused": self._on_cpu}
+        self._pieces = [(run, block) for run in self.layout.runs for block in run.blocks()]
         self.optimizer: torch.optim.Optimizer
         match outer.optimizer:
             case "adam":
-                self.optimizer = torch.optim.Adam(self._blocks, fused=False, **plain)  # type: ignore[arg-type]
+                self.optimizer = torch.optim.Adam(self._blocks, **fused)  # type: ignore[arg-type]
             case "adamw":
-                self.optimizer = torch.optim.AdamW(self._blocks, fused=False, **plain)  # type: ignore[arg-type]
+                self.optimizer = torch.optim.AdamW(self._blocks, **fused)  # type: ignore[arg-type]
             case "sgd":
                 momentum = {"momentum": outer.momentum, "nesterov": outer.nesterov}
-                self.optimizer = torch.optim.SGD(self._blocks, fused=False, **momentum, **plain)  # type: ignore[arg-type]
+                self.optimizer = torch.optim.SGD(self._blocks, **momentum, **fused)  # type: ignore[arg-type]
             case "rmsprop":
-                self.optimizer = torch.optim.RMSprop(self._blocks, momentum=outer.momentum, **plain)  # type: ignore[arg-type]
+                self.optimizer = torch.optim.RMSprop(self._blocks, momentum=outer.momentum, **keys)  # type: ignore[arg-type]
 
     def step(self, gradient: Mapping[str, Tensor], step: int) -> float:
         """Move θ by one mean meta-gradient (float64, by name); returns the gradient's norm before clipping."""
@@ -90,29 +106,49 @@ class OuterStep:
         return norm
 
     def take(self, gradient: Gradient) -> list[float]:
-        """Read a mean gradient; returns the squared norm of every tensor, in name order."""
-        squares = [0.0] * len(self.layout.names)
-        for run in self.layout.runs:
-            for block in run.blocks():
-                values = gradient(run, block)
-                self._gradient[block].copy_(values)
-                torch.square(values, out=self._squares[block.start - run.at.start : block.stop - run.at.start])
-            # In one sum, whose order is torch's for its size.
-            for index, part in zip(run.tensors, run.parts, strict=True):
-                squares[index] = self._squares[part].sum().item()
-        return squares
+        """Read a mean gradient, once; returns the squared norm of every tensor, in name order."""
+
+        def taken(block: tuple[Run, slice]) -> list[float]:
+            values = gradient(*block)
+            self._gradient[block[1]].copy_(values)
+            if self._on_cpu:
+                squared = torch.square(values, out=torch.from_numpy(self._squares.array[: len(values)]))
+            else:
+                squared = values.square()
+            return [squared[part].sum().item() for part in block[0].parts]
+
+        # A block is one sum, whose order is torch's for its size; those of a large tensor are added up exactly.
+        parts: list[list[float]] = [[] for _ in self.layout.names]
+        for (run, _), sums in zip(self._pieces, self._each(taken), strict=True):
+            for index, one in zip(run.tensors, sums, strict=True):
+                parts[index].append(one)
+        return [math.fsum(each) for each in parts]
 
     def move(self, gradient: Gradient, step: int, norm: float) -> None:
         """Move θ by the gradient that was taken last; norm: of the whole, of which this may be a piece."""
         outer = self.at(step)
         if outer.clip is not None and norm > outer.clip:
             factor = outer.clip / norm
-            for run in self.layout.runs:
-                for block in run.blocks():
-                    self._gradient[block].copy_(gradient(run, block) * factor)
+            self._each(lambda block: self._gradient[block[1]].copy_(gradient(*block) * factor))
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = learning_rate(outer, step), outer.weight_decay
-        self.optimizer.step()
+        with one_thread():
+            self.optimizer.step()
+
+    def finite(self) -> bool:
+        """Whether all of θ is."""
+
+        def whole(block: tuple[Run, slice]) -> bool:
+            return all(math.isfinite(end) for end in self.flat[block[1]].aminmax())  # NaN is both ends
+
+        return all(self._each(whole))
+
+    def _each(self, work: Callable[[tuple[Run, slice]], Done]) -> list[Done]:
+        """Of the blocks of all runs."""
+        if not self._on_cpu:
+            return [work(piece) for piece in self._pieces]
+        with one_thread():
+            return on_cores(work, self._pieces)
 
     def memory(self) -> dict[str, Tensor]:
         """The optimizer's own tensors: `KEY.NAME` for those that are as large as θ, else `KEY`."""
@@ -122,7 +158,7 @@ class OuterStep:
             if value is None:
                 continue
             if torch.is_tensor(value) and value.shape == self._blocks[0].shape:
-                whole = torch.cat([slot[key] for slot in slots]).cpu()
+                whole = torch.cat([slot[key] for slot in slots])[: self.layout.total].cpu()
                 found |= {f"{key}.{name}": part for name, part in self.layout.unflatten(whole).items()}
             else:  # the same of all blocks
                 found[key] = torch.as_tensor(value).cpu().clone()
@@ -132,7 +168,8 @@ class OuterStep:
         """Put tensors from `memory` back."""
         slots = [{key: value.clone() for key, value in memory.items() if "." not in key} for _ in self._blocks]
         for key in {name.partition(".")[0] for name in memory if "." in name}:
-            whole = self.layout.flatten({name: memory[f"{key}.{name}"] for name in self.layout.names})
+            flat = self.layout.flatten({name: memory[f"{key}.{name}"] for name in self.layout.names})
+            whole = torch.nn.functional.pad(flat, (0, len(self._gradient) - len(flat)))
             for slot, block in zip(slots, torch.split(whole, self._block), strict=True):
                 slot[key] = block
         groups = self.optimizer.state_dict()["param_groups"]

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cache
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,19 @@ from metadist.runtime.worker import Receipt
 
 NAMESPACE = "metadist"
 
+HELD = 1 << 23
+"""Bytes of sums that go to the aggregator with the outer step; larger ones before, to be added while others compute."""
+
+
+class Placed(NamedTuple):
+    """What `add` is told of a sum, and where it lies."""
+
+    step: int
+    attempt: int
+    shards: Collection[int]
+    shared: Shared
+    seal: int
+
 
 class Aggregator(Watched, Reached, aggregator.Aggregator):
     """As an actor."""
@@ -43,7 +56,7 @@ class Aggregator(Watched, Reached, aggregator.Aggregator):
     def __init__(self, linger: float | None, *arguments: Any) -> None:
         keep_all_memory()
         super().__init__(linger, *arguments)
-        self._spaces, self._waiting = Spaces(), list[tuple[int, int, Collection[int], Shared, int]]()
+        self._spaces, self._waiting = Spaces(), list[Placed]()
         self._board = Board(self.outer.flat.numpy().dtype.str, self.piece.values.total)
 
     def publish(self) -> Published:
@@ -51,34 +64,36 @@ class Aggregator(Watched, Reached, aggregator.Aggregator):
         self._spaces.prune()
         return Published(self.step, self.attempt, self._board.publish(self.step, self.broadcast), self.exponents)
 
-    def add_here(self, *told: Any) -> None:
-        """`add` by the line: step, attempt, shards, where their sum is, its seal. What waits is added together."""
-        self._waiting.append(told)
+    def add_here(self, sums: Sequence[Placed]) -> None:
+        """`add` by the line. What waits is added together."""
+        self._waiting += sums
         if not self.more:
             self._add_waiting()
 
     def _add_waiting(self) -> None:
         """A sum that died with its worker is missing when the step is to be taken."""
         waiting, self._waiting = self._waiting, []
-        for (step, attempt), same in groupby(waiting, lambda told: told[:2]):
+        for (step, attempt), same in groupby(waiting, lambda one: one[:2]):
             sums, heads = list[Sum](), list[np.ndarray]()
-            for _, _, shards, shared, seal in same:
+            for one in same:
                 with contextlib.suppress(Gone):
-                    head, q = self._spaces.read(shared)
-                    sums.append(Sum(shards, q, seal))
+                    head, q = self._spaces.read(one.shared)
+                    sums.append(Sum(one.shards, q, one.seal))
                     heads.append(head)
             self.add_all(step, attempt, sums)
             for head in heads:
                 head[0] = Outbox.READ
 
-    def redo_here(self, step: int, attempt: int, exceeding: Collection[int]) -> Published:
-        """`redo` by the line."""
+    def redo_here(self, sums: Sequence[Placed], step: int, attempt: int, exceeding: Collection[int]) -> Published:
+        """`redo` by the line, after `add_here`."""
+        self._waiting += sums
         self._add_waiting()
         self.redo(step, attempt, exceeding)
         return self.publish()
 
-    def apply_here(self, step: int) -> tuple[Report, Published]:
-        """`apply` by the line."""
+    def apply_here(self, sums: Sequence[Placed], step: int) -> tuple[Report, Published]:
+        """`apply` by the line, after `add_here`."""
+        self._waiting += sums
         self._add_waiting()
         return self.outer_step(step), self.publish()
 
@@ -110,6 +125,7 @@ class Aggregation:
         self._published: Callable[[], Published] | None = None
         self._line: Line | None = None
         self._coming: Any = None
+        self._held: list[Placed] = []
         self._spaces = Spaces()
         self._tree = way.tree
         self._combiners: dict[str, Any] = {}
@@ -174,6 +190,7 @@ class Aggregation:
         if self._line is not None:
             self._line.close()
         self._line = self._coming = self._published = None
+        self._held.clear()
         self._combiners.clear()
         self._there.clear()
         self._acks.clear()
@@ -264,7 +281,14 @@ class Aggregation:
     def _rest(self) -> None:
         """Calls by Ray come after those by the line."""
         if self._line is not None:
+            if held := self._handed_over():
+                self._line.tell("add_here", held)
             self._heard(self._line.settle)
+
+    def _handed_over(self) -> list[Placed]:
+        """The sums that were held, once."""
+        held, self._held = self._held, []
+        return held
 
     def _heard(self, answer: Callable[[], Any]) -> Any:
         """What an aggregator answers; a dead one is AggregatorLost."""
@@ -294,7 +318,9 @@ class Aggregation:
     ) -> None:
         # What one driver calls runs in order, by a line and, after a rest, by Ray: this is counted before `apply`.
         if self._line is not None and isinstance(sums[0], Shared):
-            self._line.tell("add_here", step, attempt, shards, sums[0], seals[0])
+            self._held.append(Placed(step, attempt, shards, sums[0], seals[0]))
+            if sum(one.shared.bytes for one in self._held) > HELD:
+                self._line.tell("add_here", self._handed_over())
             return
         self._rest()
         for actor, one, seal in zip(self._actors, sums, seals, strict=True):
@@ -332,7 +358,7 @@ class Aggregation:
         """Begin the step again with coarser exponents."""
         again = step, attempt, sorted(exceeding)
         if self._published is not None:
-            self._published, self._broadcast = self._by_line("redo_here", *again), ()
+            self._published, self._broadcast = self._by_line("redo_here", self._handed_over(), *again), ()
         else:
             self._broadcast = tuple(actor.redo.remote(*again) for actor in self._actors)
 
@@ -340,7 +366,7 @@ class Aggregation:
         """Take the outer step; its report may be waited for. Where it says that shards are missing, none was taken."""
         acks, self._acks = self._acks, []
         if self._published is not None:
-            both = self._by_line("apply_here", step)
+            both = self._by_line("apply_here", self._handed_over(), step)
             self._published, self._broadcast = (lambda: both()[1]), ()
             return lambda: self._report(step, acks, lambda: both()[0])
         squares = [actor.squares.remote(step) for actor in self._actors] if len(self._actors) > 1 else []

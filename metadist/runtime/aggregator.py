@@ -3,10 +3,10 @@
 A plain class. It runs in the driver's process or, unchanged, as a Ray actor.
 """
 
-import math
 import zlib
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,9 +14,19 @@ import torch
 from torch import Tensor
 
 from metadist.config import Config, Staged
+from metadist.engine.cores import on_cores
 from metadist.engine.device import one_thread
 from metadist.engine.engine import Blueprint, Lane
-from metadist.engine.exact import Means, coarser, first_exponents, next_exponents, quantise
+from metadist.engine.exact import (
+    Adding,
+    Means,
+    coarser,
+    first_exponents,
+    next_exponents,
+    quantise,
+    seal_of,
+    seal_of_all,
+)
 from metadist.engine.layout import Layout, Run, blocks
 from metadist.engine.outer import Gradient, OuterStep, learning_rate, moved_state, norm_of
 from metadist.runtime.cut import Piece, cut, gathered_exponents
@@ -80,6 +90,16 @@ class Sum(NamedTuple):
     seal: int | None = None
 
 
+class Taken(NamedTuple):
+    """The mean gradient of a complete sum, which the outer step has taken.
+
+    squares: of its tensors; largest: of the sum's integers, by tensor.
+    """
+
+    squares: list[float]
+    largest: list[int]
+
+
 class Position(NamedTuple):
     """Where an aggregator stands that has outlived its driver, and its newest reports, oldest first."""
 
@@ -89,32 +109,8 @@ class Position(NamedTuple):
 
 
 def sealed(q: np.ndarray) -> int:
-    """What a worker says that it sent: the elements' sum, around the end of int64, or of a payload its CRC-32."""
-    # A sum is as quick as memory, and every flipped bit moves it; a CRC of integers would cost more than adding them.
-    return int(np.add.reduce(q)) if q.dtype == np.int64 else zlib.crc32(np.ascontiguousarray(q).data)
-
-
-def _finite(value: Tensor) -> bool:
-    """Whether all elements are, without a tensor of answers. NaN is least and largest of whatever it is among."""
-    return not value.numel() or all(math.isfinite(end) for end in value.aminmax())
-
-
-def _added(total: np.ndarray, sums: Sequence[np.ndarray], first: bool) -> list[int]:
-    """Add integers to a total, or put the first ones there; their seals, taken on the way.
-
-    Of several at once the total goes through memory once.
-    """
-    seals = [np.int64(0) for _ in sums]
-    with np.errstate(over="ignore"):  # it goes around
-        for block in blocks(len(total)):
-            here, before = total[block], None if first else total[block]
-            for number, q in enumerate(sums):
-                part = q[block]
-                seals[number] = seals[number] + np.add.reduce(part)
-                before = part if before is None else np.add(before, part, out=here)
-            if before is not here and before is not None:
-                here[:] = before
-    return [int(seal) for seal in seals]
+    """What a worker says that it sent: the seal of integers, or of a payload its CRC-32."""
+    return seal_of(q) if q.dtype == np.int64 else zlib.crc32(np.ascontiguousarray(q).data)
 
 
 class Aggregator:
@@ -148,8 +144,7 @@ class Aggregator:
         # In name order the gradient comes first among the sums, and the rest is small.
         self._tensors, self._elements = len(self.outer.layout.names), self.outer.layout.total
         self._rest = Layout(self.piece.sums.names[self._tensors :], self.piece.sums.shapes[self._tensors :])
-        self._gradients = Means(self.outer.layout, self.total[: self._elements])
-        self._means = Means(self._rest, self.total[self._elements :])
+        self._gradients, self._means = Means(self.outer.layout), Means(self._rest)
         self.reports: deque[Report] = deque(maxlen=REPORTS)
         if snapshot is not None:
             self.outer.remember({name: torch.from_numpy(np.array(value)) for name, value in snapshot.memory.items()})
@@ -159,13 +154,19 @@ class Aggregator:
     def _open(self, attempt: int) -> None:
         self.attempt, self.duplicates = attempt, 0
         self.added: set[int] = set()  # without any of them the total is of nothing
-        self._gradient: tuple[Gradient, list[float]] | None = None
+        self._seal = 0  # of the total
+        self._taken: Taken | None = None
 
     def broadcast(self, out: np.ndarray | None = None) -> Broadcast:
         """θ_t for the workers; out: where its values are written to, if they are to lie in memory that is there."""
-        values = self.outer.theta | self.state
-        into = None if out is None else torch.from_numpy(out)
-        flat = torch.cat([values[name].reshape(-1) for name in self.piece.values.names], out=into)
+        theta, total = self.outer.flat, self.piece.values.total
+        flat = torch.empty(total, dtype=theta.dtype) if out is None else torch.from_numpy(out)
+        if self.state:
+            values = self.outer.theta | self.state
+            torch.cat([values[name].reshape(-1) for name in self.piece.values.names], out=flat)
+        else:
+            with one_thread():
+                on_cores(lambda block: flat[block].copy_(theta[block]), blocks(total))
         return Broadcast(self.step, self.attempt, flat.numpy(), self.exponents)
 
     def add(self, step: int, attempt: int, shards: Collection[int], q: np.ndarray, seal: int | None = None) -> bool:
@@ -192,22 +193,45 @@ class Aggregator:
 
     def _counted(self, sums: Sequence[Sum]) -> list[bool]:
         """Add them, those that have their seals."""
-        first = not self.added
-        if self.piece.compression is not None:
-            whole = [one.seal is None or one.seal == sealed(one.q) for one in sums]
-            for one in (one for one, kept in zip(sums, whole, strict=True) if kept):
-                for part in self._decompressed(one.q, len(one.shards)):
-                    _added(self.total, [part], first)
-                    first = False
+        if self.piece.compression is None:
+            # What a sum was may change before it is taken out of the total again: the step's sum begins anew.
+            seals = [seal_of(one.q) if one.seal is None else one.seal for one in sums]
+            whole = self._add([one.q for one in sums], seals, [shard for one in sums for shard in one.shards])
+            return [whole for _ in sums]
+        counted = [one.seal is None or one.seal == sealed(one.q) for one in sums]
+        for one in (one for one, kept in zip(sums, counted, strict=True) if kept):
+            for shard, q in zip(one.shards, self._decompressed(one.q, len(one.shards)), strict=True):
+                self._add([q], [seal_of(q)], [shard])
+        return counted
+
+    def _add(self, sums: Sequence[np.ndarray], seals: Iterable[int], shards: Collection[int]) -> bool:
+        """Add integers of these shards; False where they have not these seals: then nothing is counted any more.
+
+        The last ones of a step are read as its mean gradient on their way.
+        """
+        if not sums:
+            return True
+        adding = Adding(self.total, sums, not self.added)
+        self._seal = seal_of_all((self._seal, *seals)) if self.added else seal_of_all(seals)
+        self.added.update(shards)
+        if len(self.added) == self.shards:
+            kept = self.keys.at(self.step).clip is not None  # what is clipped is read once more
+            squares = self.outer.take(self._gradient(partial(adding.block, kept=kept)))
+            self._taken = Taken(squares, self._gradients.largest)
+            for block in blocks(self.total.size - self._elements, self._elements):
+                adding.block(block)
         else:
-            seals = _added(self.total, [one.q for one in sums], first) if sums else []
-            whole = [one.seal is None or one.seal == seal for one, seal in zip(sums, seals, strict=True)]
-            if not all(whole):
-                # It is in the total, and what it was may change before it is taken out: the step's sum begins again.
-                self.added.clear()
-                return [False for _ in sums]
-        self.added.update(*(one.shards for one, kept in zip(sums, whole, strict=True) if kept))
-        return whole
+            with one_thread():
+                on_cores(adding.block, blocks(self.total.size))
+        if adding.seal != self._seal:
+            self.added.clear()
+            self._taken = None
+            return False
+        return True
+
+    def _gradient(self, q: Callable[[slice], np.ndarray]) -> Gradient:
+        """The mean gradient from the integers of a complete sum."""
+        return self._gradients.over(q, self.exponents[: self._tensors], self.config.averaged)
 
     def _of_its_kind(self, q: np.ndarray, shards: int) -> bool:
         compression = self.piece.compression
@@ -215,12 +239,12 @@ class Aggregator:
             return q.shape == self.total.shape and q.dtype == self.total.dtype
         return q.shape == (shards * sum(compression.sizes),) and q.dtype == np.uint8
 
-    def _decompressed(self, q: np.ndarray, shards: int) -> list[np.ndarray]:
+    def _decompressed(self, q: np.ndarray, shards: int) -> Iterator[np.ndarray]:
         """The integers of each payload, which the worker has seen to fit."""
         layout, compression = self.piece.sums, self.piece.compression
         assert compression is not None
         each = (compression.decompress(payload) for payload in np.split(q, shards))
-        return [quantise(layout, tensors, self.exponents, self.shards).q for tensors in each]
+        return (quantise(layout, tensors, self.exponents, self.shards).q for tensors in each)
 
     def redo(self, step: int, attempt: int, exceeding: Iterable[int]) -> Broadcast:
         """Begin the step again with coarser exponents for the tensors in which some shard exceeded its bound.
@@ -235,7 +259,7 @@ class Aggregator:
 
     def squares(self, step: int) -> list[float] | None:
         """Of its tensors in the complete mean gradient, for the norm of the whole; None while shards are missing."""
-        return None if self._missing(step) else self._taken()[1]
+        return None if self._missing(step) or self._taken is None else self._taken.squares
 
     def apply(self, step: int, *squares: Sequence[float] | None) -> tuple[Report, Broadcast]:
         """One outer step from the complete sum; without it nothing moves and the report says what is missing.
@@ -250,10 +274,12 @@ class Aggregator:
         if missing or None in squares:
             nan = float("nan")
             return Report(step, nan, nan, nan, 0.0, True, missing, self.duplicates)
-        (gradient, own), duplicates, received = self._taken(), self.duplicates, self.bytes
-        means = self._means.whole(self.exponents[self._tensors :], self.config.averaged)
-        largest = self._gradients.largest + self._means.largest
-        self.exponents = next_exponents(self.piece.sums, self.exponents, largest)
+        assert self._taken is not None, "it was taken with the last sum"
+        own, largest = self._taken
+        duplicates, received = self.duplicates, self.bytes
+        gradient = self._gradient(self.total.__getitem__)  # read where it is clipped
+        means = self._means.whole(self.total[self._elements :], self.exponents[self._tensors :], self.config.averaged)
+        self.exponents = next_exponents(self.piece.sums, self.exponents, largest + self._means.largest)
         report = self._move(gradient, whole or own, means)._replace(duplicates=duplicates, bytes=received)
         self.reports.append(report._replace(spans=()))
         return report
@@ -264,7 +290,7 @@ class Aggregator:
         def gradient(run: Run, block: slice) -> Tensor:
             return mean[block]
 
-        with self.spans.of("outer step"), one_thread():
+        with self.spans.of("outer step"):
             squares = self.outer.take(gradient)
         return self._move(gradient, squares, mean[self._elements :])
 
@@ -273,6 +299,7 @@ class Aggregator:
         step, norm, means = self.step, norm_of(squares), self._rest.split(rest)
         with self.spans.of("outer step"), one_thread():
             self.outer.move(gradient, step, norm)
+            finite = self.outer.finite()
             statistics = {name: means[f"statistics.{name}"] for name in self.state}
             if self.config.outer.local is None:
                 self.state = moved_state(self.state, statistics)
@@ -287,7 +314,7 @@ class Aggregator:
             float(means.get("metric.score", np.nan)),
             norm,
             learning_rate(self.keys.at(step), step),
-            all(_finite(value) for value in (self.outer.flat, *self.state.values())),
+            finite and all(bool(value.isfinite().all()) for value in self.state.values()),
             (),
             0,
             spans=self.spans.take(),
@@ -297,14 +324,6 @@ class Aggregator:
         """Shards that are not counted."""
         shards = range(self.shards)
         return tuple(sorted(set(shards) - self.added)) if step == self.step else tuple(shards)
-
-    def _taken(self) -> tuple[Gradient, list[float]]:
-        """The mean gradient of a complete sum, which the outer step has taken, and its squares; once."""
-        if self._gradient is None:
-            with self.spans.of("outer step"), one_thread():
-                gradient = self._gradients.over(self.exponents[: self._tensors], self.config.averaged)
-                self._gradient = gradient, self.outer.take(gradient)
-        return self._gradient
 
     def position(self) -> Position:
         """For a driver that finds this aggregator running."""

@@ -80,7 +80,7 @@ class InProcess:
         assert receipt.current, "worker and aggregator are of one step here"
         self.timeline.add(PROCESS, receipt.spans)
         if receipt.summed:
-            self.aggregator.add(step, attempt, receipt.summed, q)
+            self.aggregator.add(step, attempt, receipt.summed, q, *receipt.seals)
             self._computed += len(receipt.summed)
         self._lanes.computed(shards, lanes)
         exceeding = set(receipt.exceeding)

@@ -20,7 +20,7 @@ from metadist.data.shared import fetch
 from metadist.data.sources import prepare
 from metadist.data.table import Table, open_table
 from metadist.engine.engine import Engine, Lane
-from metadist.engine.exact import first_exponents
+from metadist.engine.exact import first_exponents, seal_of_all
 from metadist.engine.fingerprint import fingerprint
 from metadist.engine.fit import misfit
 from metadist.engine.hardware import hardware
@@ -139,6 +139,7 @@ class Worker:
         if any((one.step, one.attempt) != (step, attempt) for one in broadcasts):
             return Receipt(os.getpid(), (), (), (), False, ()), *(none for _ in pieces), *lanes
         after, summed, not_finite, exceeding = list[Lane](), list[int](), list[int](), set[int]()
+        parts = list[int]()
         total: np.ndarray | None = None
         with self.engine.spans.of("adapting"):
             values = assembled(pieces, [one.values for one in broadcasts], self.engine.blueprint.values.total)
@@ -148,13 +149,16 @@ class Worker:
                 if part.fits:
                     total = part.q if total is None else self._together(total, part.q)
                     summed.append(shard)
+                    parts.append(part.seal)
                 elif not part.finite:
                     not_finite.append(shard)
                 exceeding.update(part.exceeding if part.finite else ())
                 after.append(carried)
         with self.engine.spans.of("sum"):
             sums = [none if total is None else piece.part(total, len(summed)) for piece in pieces]
-            seals = tuple(sealed(one) for one in sums)
+            # A sum's seal is that of its parts, which were sealed while they were in the processor's cache.
+            whole = len(pieces) == 1 and self.engine.blueprint.compression is None
+            seals = (seal_of_all(parts),) if whole else tuple(sealed(one) for one in sums)
         wrong = tuple(not_finite), tuple(sorted(exceeding))
         receipt = Receipt(os.getpid(), tuple(summed), *wrong, True, seals, self.engine.spans.take())
         return receipt, *sums, *after[: len(lanes)]

@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from metadist.engine.cores import on_cores
 from metadist.engine.exact import (
     COARSER_BITS,
     FINER_BITS,
@@ -18,15 +19,17 @@ from metadist.engine.exact import (
     LOWEST,
     SMALL,
     TARGET_BITS,
+    Adding,
     Means,
     coarser,
-    dequantise,
     first_exponents,
     next_exponents,
     quantise,
     scales,
+    seal_of,
+    seal_of_all,
 )
-from metadist.engine.layout import BLOCK, Layout
+from metadist.engine.layout import BLOCK, Layout, blocks
 
 
 def tensors_of(values):
@@ -44,9 +47,13 @@ def parts_of(rows, exponents=None):
 
 
 def exponents_after(layout, total, exponents):
-    means = Means(layout, total)
-    means.whole(exponents, 1)
+    means = Means(layout)
+    means.whole(total, exponents, 1)
     return next_exponents(layout, exponents, means.largest)
+
+
+def mean_of(layout, total, exponents, parts=1):
+    return Means(layout).whole(total, exponents, parts)
 
 
 def tree(values, rng):
@@ -109,7 +116,7 @@ def test_the_sum_is_accurate(values, magnitude):
         settled, exponents = exponents, exponents_after(LAYOUT, total, exponents)
         if np.array_equal(settled, exponents):
             break
-    found = LAYOUT.split(dequantise(LAYOUT, total, settled))
+    found = LAYOUT.split(mean_of(LAYOUT, total, settled))
     starts = {"a": slice(0, 2), "b": slice(2, 6)}
     for name, cut in starts.items():
         largest = max(abs(x) for x in exact[cut])
@@ -140,7 +147,7 @@ def test_accuracy_of_a_gradient_like_sum():
         total = sum(quantise(layout, {"w": v}, exponents, 2).q for v in values)
         settled, exponents = exponents, exponents_after(layout, total, exponents)
     expected = values[0] + values[1]
-    assert (layout.split(dequantise(layout, total, settled))["w"] - expected).abs().max() <= 2.0**-44 * expected.max()
+    assert (layout.split(mean_of(layout, total, settled))["w"] - expected).abs().max() <= 2.0**-44 * expected.max()
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=6, max_size=6), st.integers(-300, 300))
@@ -251,7 +258,7 @@ def test_zero_tensors():
     total = sum(part.q for part in parts)
     assert all(part.finite and part.fits for part in parts)
     assert exponents_after(LAYOUT, total, first_exponents(LAYOUT)).tolist() == [FIRST_EXPONENT + FINER_BITS] * 2
-    assert not dequantise(LAYOUT, total, first_exponents(LAYOUT)).any()
+    assert not mean_of(LAYOUT, total, first_exponents(LAYOUT)).any()
 
 
 def test_each_tensor_has_its_own_scale():
@@ -259,7 +266,7 @@ def test_each_tensor_has_its_own_scale():
     assert scales(LAYOUT, exponents).tolist() == [8.0, 8.0, 0.25, 0.25, 0.25, 0.25]
     q = quantise(LAYOUT, tensors_of([1.0, 2.0, 4.0, 8.0, 12.0, 16.0]), exponents, 1).q
     assert q.tolist() == [8, 16, 1, 2, 3, 4]
-    back = LAYOUT.split(dequantise(LAYOUT, q, np.array([3, -2])))
+    back = LAYOUT.split(mean_of(LAYOUT, q, np.array([3, -2])))
     assert back["b"].tolist() == [[4.0, 8.0], [12.0, 16.0]]
 
 
@@ -279,8 +286,8 @@ def test_dequantising_block_by_block_is_dequantising_at_once():
     total = np.random.default_rng(0).integers(-(2**62), 2**62, layout.total)
     exponents = np.array([130, 5, -40])
     at_once = torch.from_numpy(total.astype(np.float64)) / scales(layout, exponents)
-    assert torch.equal(dequantise(layout, total, exponents), at_once)
-    assert torch.equal(dequantise(layout, total, exponents, 12), at_once / 12)
+    assert torch.equal(mean_of(layout, total, exponents), at_once)
+    assert torch.equal(mean_of(layout, total, exponents, 12), at_once / 12)
 
 
 def layout_of(sizes):
@@ -345,9 +352,45 @@ def test_means_and_magnitudes_block_by_block_are_those_at_once(small_blocks, siz
     layout, rng = layout_of(sizes), np.random.default_rng(seed)
     total = rng.integers(-(2**bits), 2**bits, layout.total) >> rng.integers(0, 63, layout.total)
     exponents = rng.integers(LOWEST, HIGHEST + 1, len(sizes))
-    means = Means(layout, total)
-    found = means.whole(exponents, parts)
+    means = Means(layout)
+    found = means.whole(total, exponents, parts)
     plain = total.astype(np.float64) * np.repeat(np.ldexp(1.0, -exponents.astype(np.int32)), sizes) / parts
     assert found.numpy().tobytes() == plain.tobytes()
     each = np.split(total, np.cumsum(sizes)[:-1])
     assert means.largest == [max(map(abs, one.tolist()), default=0) for one in each]
+
+
+wide = st.integers(-(2**63), 2**63 - 1)
+
+
+@given(st.lists(st.lists(wide, min_size=3, max_size=3), min_size=1, max_size=5))
+def test_the_seal_of_a_sum_is_that_of_its_parts(rows):
+    arrays = [np.array(row, dtype=np.int64) for row in rows]
+    with np.errstate(over="ignore"):
+        total = np.add.reduce(arrays)
+    assert seal_of(total) == seal_of_all(map(seal_of, arrays))
+
+
+@given(st.sampled_from([1, 63, 64, 65, 200, 1000]), st.integers(1, 5), st.booleans(), st.booleans(), st.integers(0, 99))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_adding_block_by_block_on_several_cores_is_adding_at_once(small_blocks, size, count, fresh, kept, seed):
+    rng = np.random.default_rng(seed)
+    before, *sums = rng.integers(-(2**63), 2**63 - 1, (count + 1, size))
+    total, copies = before.copy(), [q.copy() for q in sums]
+    adding = Adding(total, sums, fresh)
+    found = np.concatenate(on_cores(lambda at: adding.block(at, kept).copy(), blocks(size)))
+    expected = np.add.reduce(sums) + (0 if fresh else before)
+    assert np.array_equal(found, expected)
+    assert adding.seal == seal_of(expected)
+    assert np.array_equal(total, expected if kept else before)
+    assert all(np.array_equal(one, copy) for one, copy in zip(sums, copies, strict=True)), "what is added is only read"
+
+
+@given(several_sizes, st.integers(0, 1000), st.booleans())
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_part_has_the_seal_of_its_integers(small_blocks, sizes, seed, narrow):
+    layout = layout_of(sizes)
+    flat = torch.from_numpy(np.random.default_rng(seed).normal(size=layout.total)) * (1 if narrow else 2.0**15)
+    part = quantise(layout, layout.split(flat), np.full(len(sizes), 40), 1)
+    assert part.fits
+    assert part.seal == seal_of(part.q)

@@ -1,6 +1,8 @@
 """The outer step against torch.optim, its memory, the schedules, clipping."""
 
+import itertools
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -136,22 +138,35 @@ def drawn(shapes, seed, dtype=torch.float64):
     return {f"w{number}": value.to(dtype) for number, value in enumerate(each)}
 
 
-class Plain:
-    """The outer step on one flat tensor, every pass over all of it."""
+def squares(gradient, stretch):
+    """Every tensor's, in stretches."""
+    parts = {name: torch.split(value.reshape(-1).square(), stretch) for name, value in sorted(gradient.items())}
+    return [math.fsum(float(part.sum()) for part in each) for each in parts.values()]
 
-    def __init__(self, settings, make, theta):
-        self.outer, self.names = outer(**settings), sorted(theta)
-        self.flat = self.flatten(theta).requires_grad_()
-        self.optimizer = make([self.flat])
-        self.optimizer.param_groups[0]["foreach"] = False
+
+class Plain:
+    """The outer step on one flat tensor, every pass over all of it; padded, so that it is all whole vectors."""
+
+    def __init__(self, settings, make, theta, stretch):
+        self.outer, self.names, self.stretch = outer(**settings), sorted(theta), stretch
+        self.size = sum(value.numel() for value in theta.values())
+        self.padded = self.flatten(theta).requires_grad_()
+        self.optimizer = make([self.padded])
+        (group,) = self.optimizer.param_groups
+        group |= {"foreach": False} | ({"fused": True} if "fused" in group else {})
+
+    @property
+    def flat(self):
+        return self.padded.detach()[: self.size]
 
     def flatten(self, tensors):
-        return torch.cat([tensors[name].reshape(-1) for name in self.names])
+        flat = torch.cat([tensors[name].reshape(-1) for name in self.names])
+        return torch.nn.functional.pad(flat, (0, -len(flat) % 64))
 
     def step(self, gradient, step):
-        norm = math.sqrt(sum(float(gradient[name].square().sum()) for name in self.names))
+        norm = math.sqrt(sum(squares(gradient, self.stretch)))
         factor = self.outer.clip / norm if self.outer.clip is not None and norm > self.outer.clip else 1.0
-        self.flat.grad = self.flatten({n: (g * factor).to(self.flat.dtype) for n, g in gradient.items()})
+        self.padded.grad = self.flatten({n: (g * factor).to(self.padded.dtype) for n, g in gradient.items()})
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = learning_rate(self.outer, step), self.outer.weight_decay
         self.optimizer.step()
@@ -161,8 +176,8 @@ class Plain:
         """As a checkpoint has it."""
         found = {}
         for key, value in self.optimizer.state_dict()["state"].get(0, {}).items():
-            if value is not None and value.shape == self.flat.shape:
-                parts = torch.split(value, [math.prod(shape) for shape in shapes])
+            if value is not None and value.shape == self.padded.shape:
+                parts = torch.split(value[: self.size], [math.prod(shape) for shape in shapes])
                 found |= {f"{key}.{n}": p.reshape(s) for n, p, s in zip(self.names, parts, shapes, strict=True)}
             elif value is not None:
                 found[key] = value
@@ -185,7 +200,7 @@ def test_blocks_change_no_bit(small_blocks, name, dtype, shapes, seed, clip):
     chosen, make = OPTIMIZERS[name]
     chosen = {**chosen, "schedule": "cosine", "steps": 9, "warmup": 2, "clip": clip}
     theta = drawn(shapes, seed, dtype)
-    plain, blocked = Plain(chosen, make, theta), OuterStep(outer(**chosen), theta)
+    plain, blocked = Plain(chosen, make, theta, 64), OuterStep(outer(**chosen), theta)
     resumed = None
     for step in range(6):
         gradient = drawn(shapes, 7 * seed + step)
@@ -203,7 +218,7 @@ def test_blocks_as_large_as_they_are_change_no_bit():
     chosen, make = OPTIMIZERS["adam"]
     shapes = [(3, 7), (BLOCK + 1,), (2, BLOCK // 2), (BLOCK * 2 + 77,), (), (5,)]
     theta = drawn(shapes, 0, torch.float32)
-    plain, blocked = Plain(chosen, make, theta), OuterStep(outer(**chosen), theta)
+    plain, blocked = Plain(chosen, make, theta, BLOCK), OuterStep(outer(**chosen), theta)
     for step in range(3):
         gradient = drawn(shapes, 1 + step)
         assert blocked.step(gradient, step) == plain.step(gradient, step)
@@ -213,16 +228,38 @@ def test_blocks_as_large_as_they_are_change_no_bit():
 
 @given(shapes, st.integers(0, 1000))
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_squares_are_one_sum_for_each_tensor(small_blocks, shapes, seed):
+def test_squares_are_those_of_every_tensor(small_blocks, shapes, seed):
     gradient, moving = drawn(shapes, seed), OuterStep(outer(), drawn(shapes, 0))
     flat = moving.layout.flatten(gradient)
-    scratch = np.full(flat.numel(), np.nan)
+    scratch = threading.local()  # each block overwrites the one before, of the same thread
 
     def block_of(run, block):
-        scratch[: block.stop - block.start] = flat[block].numpy()  # each overwrites the one before
-        return torch.from_numpy(scratch)[: block.stop - block.start]
+        scratch.array = scratch.__dict__.get("array", np.full(flat.numel(), np.nan))
+        scratch.array[: block.stop - block.start] = flat[block].numpy()
+        return torch.from_numpy(scratch.array)[: block.stop - block.start]
 
-    assert moving.take(block_of) == [float(gradient[name].square().sum()) for name in moving.layout.names]
+    found = moving.take(block_of)
+    assert found == squares(gradient, 64)
+    assert found == pytest.approx([float(gradient[name].square().sum()) for name in moving.layout.names], rel=1e-14)
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@given(st.integers(1, 700), st.integers(0, 1000), st.data())
+@settings(deadline=None, max_examples=10)
+def test_no_bit_depends_on_where_an_element_lies(name, size, seed, data):
+    """θ in pieces, as several aggregators have it: a fused kernel rounds what is no whole vector otherwise."""
+    chosen, _ = OPTIMIZERS[name]
+    cuts = sorted(data.draw(st.sets(st.integers(0, size), max_size=4)) | {0, size})
+    theta = drawn([(size,)], seed, torch.float32)["w0"]
+    parts = [slice(*ends) for ends in itertools.pairwise(cuts)]
+    whole = OuterStep(outer(**chosen), {"w": theta})
+    pieces = [OuterStep(outer(**chosen), {"w": theta[at]}) for at in parts]
+    for step in range(4):
+        gradient = drawn([(size,)], seed + step + 1)["w0"] * 10.0 ** -(step % 3)
+        whole.step({"w": gradient}, step)
+        for at, piece in zip(parts, pieces, strict=True):
+            piece.step({"w": gradient[at]}, step)
+        assert torch.equal(whole.flat, torch.cat([piece.flat for piece in pieces]))
 
 
 # --- schedules -----------------------------------------------------------------

@@ -1,0 +1,58 @@
+"""The same work on many blocks, on all cores that this process may use.
+
+Numpy and torch let go of Python while they compute, so threads are enough. Who takes which block is left to chance:
+the work on one must not depend on another.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Done = TypeVar("Done")
+
+MOST = 4
+"""Threads: what is done here waits for memory before there are more."""
+
+
+def on_cores(work: Callable[[Item], Done], items: Iterable[Item]) -> list[Done]:
+    """What the work returns of every item, in their order. To be called with one thread of torch's (`one_thread`)."""
+    todo = deque(enumerate(items))
+    done: dict[int, Done] = {}
+
+    def take() -> None:
+        while True:
+            try:
+                number, item = todo.popleft()
+            except IndexError:
+                return
+            done[number] = work(item)
+
+    coming = [_threads().submit(take) for _ in range(min(_cores(), len(todo)) - 1)]
+    try:
+        take()
+    finally:
+        wait(coming)
+    for one in coming:
+        one.result()  # or its error
+    return [done[number] for number in range(len(done))]
+
+
+@cache
+def _cores() -> int:
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(there, MOST)
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_cores() - 1, "blocks", initializer=lambda: torch.set_num_threads(1))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of its parent's threads
