@@ -5,7 +5,8 @@ What it descends is a mean over tasks or replicas: of meta-gradients, or of diff
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from metadist.engine.layout import BLOCK, Layout, Run
 STATE_MOMENTUM = 0.1
 """Weight of a meta-step's mean in the running state, as in torch's batch norm."""
 
+Item = TypeVar("Item")
 Done = TypeVar("Done")
 
 Gradient = Callable[[Run, slice], Tensor]
@@ -29,6 +31,9 @@ Gradient = Callable[[Run, slice], Tensor]
 ROUND = 64
 """θ is padded to a multiple of so many elements, one of the widest vectors': torch's fused kernels round what is left
 over of a block otherwise than what they take in vectors."""
+
+GROUP = 4
+"""Blocks of an optimizer: what was moved by it is still in the processor's cache."""
 
 
 def learning_rate(outer: Optimizer, step: int) -> float:
@@ -78,21 +83,13 @@ class OuterStep:
         self._blocks = [block.requires_grad_() for block in torch.split(padded, self._block)]
         for block, gradient in zip(self._blocks, torch.split(self._gradient, self._block), strict=True):
             block.grad = gradient
-        # Fused, it goes through memory once, not once for each operation; rmsprop has nothing fused.
-        keys = {"lr": outer.lr, "weight_decay": outer.weight_decay, "foreach": False}
-        fused = keys | {"fused": self._on_cpu}
         self._pieces = [(run, block) for run in self.layout.runs for block in run.blocks()]
-        self.optimizer: torch.optim.Optimizer
-        match outer.optimizer:
-            case "adam":
-                self.optimizer = torch.optim.Adam(self._blocks, **fused)  # type: ignore[arg-type]
-            case "adamw":
-                self.optimizer = torch.optim.AdamW(self._blocks, **fused)  # type: ignore[arg-type]
-            case "sgd":
-                momentum = {"momentum": outer.momentum, "nesterov": outer.nesterov}
-                self.optimizer = torch.optim.SGD(self._blocks, **momentum, **fused)  # type: ignore[arg-type]
-            case "rmsprop":
-                self.optimizer = torch.optim.RMSprop(self._blocks, momentum=outer.momentum, **keys)  # type: ignore[arg-type]
+        together = GROUP if self._on_cpu else 1
+        groups = [self._blocks[first : first + together] for first in range(0, len(self._blocks), together)]
+        size = together * self._block
+        self._groups = [
+            (_optimizer(outer, group), slice(size * number, size * (number + 1))) for number, group in enumerate(groups)
+        ]
 
     def step(self, gradient: Mapping[str, Tensor], step: int) -> float:
         """Move θ by one mean meta-gradient (float64, by name); returns the gradient's norm before clipping."""
@@ -119,41 +116,43 @@ class OuterStep:
 
         # A block is one sum, whose order is torch's for its size; those of a large tensor are added up exactly.
         parts: list[list[float]] = [[] for _ in self.layout.names]
-        for (run, _), sums in zip(self._pieces, self._each(taken), strict=True):
+        for (run, _), sums in zip(self._pieces, self._each(self._pieces, taken), strict=True):
             for index, one in zip(run.tensors, sums, strict=True):
                 parts[index].append(one)
         return [math.fsum(each) for each in parts]
 
-    def move(self, gradient: Gradient, step: int, norm: float) -> None:
-        """Move θ by the gradient that was taken last; norm: of the whole, of which this may be a piece."""
+    def move(self, gradient: Gradient, step: int, norm: float, out: Tensor | None = None) -> bool:
+        """Move θ by the gradient that was taken last; returns whether all of it is finite then.
+
+        norm: of the whole, of which this may be a piece. out: where the new θ is written as well, [total].
+        """
         outer = self.at(step)
         if outer.clip is not None and norm > outer.clip:
             factor = outer.clip / norm
-            self._each(lambda block: self._gradient[block[1]].copy_(gradient(*block) * factor))
-        for group in self.optimizer.param_groups:
-            group["lr"], group["weight_decay"] = learning_rate(outer, step), outer.weight_decay
-        with one_thread():
-            self.optimizer.step()
+            self._each(self._pieces, lambda block: self._gradient[block[1]].copy_(gradient(*block) * factor))
 
-    def finite(self) -> bool:
-        """Whether all of θ is."""
+        def moved(group: tuple[torch.optim.Optimizer, slice]) -> bool:
+            optimizer, at = group
+            for keys in optimizer.param_groups:
+                keys["lr"], keys["weight_decay"] = learning_rate(outer, step), outer.weight_decay
+            optimizer.step()
+            theta = self.flat[at]
+            if out is not None:
+                out[at].copy_(theta)
+            return not len(theta) or all(math.isfinite(end) for end in theta.aminmax())  # NaN is both ends
 
-        def whole(block: tuple[Run, slice]) -> bool:
-            return all(math.isfinite(end) for end in self.flat[block[1]].aminmax())  # NaN is both ends
+        return all(self._each(self._groups, moved))
 
-        return all(self._each(whole))
-
-    def _each(self, work: Callable[[tuple[Run, slice]], Done]) -> list[Done]:
-        """Of the blocks of all runs."""
+    def _each(self, items: Sequence[Item], work: Callable[[Item], Done]) -> list[Done]:
         if not self._on_cpu:
-            return [work(piece) for piece in self._pieces]
+            return [work(item) for item in items]
         with one_thread():
-            return on_cores(work, self._pieces)
+            return on_cores(work, items)
 
     def memory(self) -> dict[str, Tensor]:
         """The optimizer's own tensors: `KEY.NAME` for those that are as large as θ, else `KEY`."""
         found: dict[str, Tensor] = {}
-        slots = list(self.optimizer.state_dict()["state"].values())
+        slots = [slot for optimizer, _ in self._groups for slot in optimizer.state_dict()["state"].values()]
         for key, value in slots[0].items() if slots else ():
             if value is None:
                 continue
@@ -172,9 +171,26 @@ class OuterStep:
             whole = torch.nn.functional.pad(flat, (0, len(self._gradient) - len(flat)))
             for slot, block in zip(slots, torch.split(whole, self._block), strict=True):
                 slot[key] = block
-        groups = self.optimizer.state_dict()["param_groups"]
-        state = dict(enumerate(slots)) if memory else {}
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        left = iter(slots)
+        for optimizer, _ in self._groups:
+            groups = optimizer.state_dict()["param_groups"]
+            state = dict(enumerate(islice(left, len(groups[0]["params"])))) if memory else {}
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _optimizer(outer: Optimizer, blocks: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """Fused on a CPU, it goes through memory once, not once for each operation; rmsprop has nothing fused."""
+    keys = {"lr": outer.lr, "weight_decay": outer.weight_decay, "foreach": False}
+    fused = keys | {"fused": blocks[0].device.type == "cpu"}
+    match outer.optimizer:
+        case "adam":
+            return torch.optim.Adam(blocks, **fused)  # type: ignore[arg-type]
+        case "adamw":
+            return torch.optim.AdamW(blocks, **fused)  # type: ignore[arg-type]
+        case "sgd":
+            return torch.optim.SGD(blocks, momentum=outer.momentum, nesterov=outer.nesterov, **fused)  # type: ignore[arg-type]
+        case "rmsprop":
+            return torch.optim.RMSprop(blocks, momentum=outer.momentum, **keys)  # type: ignore[arg-type]
 
 
 def moved_state(state: Mapping[str, Tensor], mean: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -36,8 +36,9 @@ from metadist.runtime.worker import Receipt
 
 NAMESPACE = "metadist"
 
-HELD = 1 << 23
-"""Bytes of sums that go to the aggregator with the outer step; larger ones before, to be added while others compute."""
+TOGETHER, SMALL = 4, 1 << 23
+"""So many sums, and so many bytes of them, wait here for the outer step, and go to the aggregator with it: added
+together they go through memory once. More are added while others still compute."""
 
 
 class Placed(NamedTuple):
@@ -61,8 +62,12 @@ class Aggregator(Watched, Reached, aggregator.Aggregator):
 
     def publish(self) -> Published:
         """θ_t in shared memory."""
-        self._spaces.prune()
-        return Published(self.step, self.attempt, self._board.publish(self.step, self.broadcast), self.exponents)
+        if not self._board.has(self.step):
+            self.broadcast(self._board.place(self.step))
+        return self._published()
+
+    def _published(self) -> Published:
+        return Published(self.step, self.attempt, self._board.publish(self.step), self.exponents)
 
     def add_here(self, sums: Sequence[Placed]) -> None:
         """`add` by the line. What waits is added together."""
@@ -95,11 +100,13 @@ class Aggregator(Watched, Reached, aggregator.Aggregator):
         """`apply` by the line, after `add_here`."""
         self._waiting += sums
         self._add_waiting()
-        return self.outer_step(step), self.publish()
+        report = self.outer_step(step, out=self._board.place(self.step + 1))
+        return report, self.publish() if report.missing else self._published()
 
     def served(self) -> None:
-        """Add what waits to be added."""
+        """Add what waits to be added; let go of what is the dead's."""
         self._add_waiting()
+        self._spaces.prune()
 
 
 class Combiner(Watched, combiner.Combiner):
@@ -319,7 +326,7 @@ class Aggregation:
         # What one driver calls runs in order, by a line and, after a rest, by Ray: this is counted before `apply`.
         if self._line is not None and isinstance(sums[0], Shared):
             self._held.append(Placed(step, attempt, shards, sums[0], seals[0]))
-            if sum(one.shared.bytes for one in self._held) > HELD:
+            if len(self._held) > TOGETHER and sum(one.shared.bytes for one in self._held) > SMALL:
                 self._line.tell("add_here", self._handed_over())
             return
         self._rest()

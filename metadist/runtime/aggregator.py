@@ -159,14 +159,9 @@ class Aggregator:
 
     def broadcast(self, out: np.ndarray | None = None) -> Broadcast:
         """θ_t for the workers; out: where its values are written to, if they are to lie in memory that is there."""
-        theta, total = self.outer.flat, self.piece.values.total
-        flat = torch.empty(total, dtype=theta.dtype) if out is None else torch.from_numpy(out)
-        if self.state:
-            values = self.outer.theta | self.state
-            torch.cat([values[name].reshape(-1) for name in self.piece.values.names], out=flat)
-        else:
-            with one_thread():
-                on_cores(lambda block: flat[block].copy_(theta[block]), blocks(total))
+        values = self.outer.theta | self.state
+        into = None if out is None else torch.from_numpy(out)
+        flat = torch.cat([values[name].reshape(-1) for name in self.piece.values.names], out=into)
         return Broadcast(self.step, self.attempt, flat.numpy(), self.exponents)
 
     def add(self, step: int, attempt: int, shards: Collection[int], q: np.ndarray, seal: int | None = None) -> bool:
@@ -268,8 +263,8 @@ class Aggregator:
         """
         return self.outer_step(step, *squares), self.broadcast()
 
-    def outer_step(self, step: int, *squares: Sequence[float] | None) -> Report:
-        """The same, without θ_{t+1}."""
+    def outer_step(self, step: int, *squares: Sequence[float] | None, out: np.ndarray | None = None) -> Report:
+        """The same, without what is broadcast; out: where θ_{t+1} and state are written to, if the step is taken."""
         missing, whole = self._missing(step), [one for piece in squares if piece is not None for one in piece]
         if missing or None in squares:
             nan = float("nan")
@@ -280,7 +275,7 @@ class Aggregator:
         gradient = self._gradient(self.total.__getitem__)  # read where it is clipped
         means = self._means.whole(self.total[self._elements :], self.exponents[self._tensors :], self.config.averaged)
         self.exponents = next_exponents(self.piece.sums, self.exponents, largest + self._means.largest)
-        report = self._move(gradient, whole or own, means)._replace(duplicates=duplicates, bytes=received)
+        report = self._move(gradient, whole or own, means, out)._replace(duplicates=duplicates, bytes=received)
         self.reports.append(report._replace(spans=()))
         return report
 
@@ -294,12 +289,14 @@ class Aggregator:
             squares = self.outer.take(gradient)
         return self._move(gradient, squares, mean[self._elements :])
 
-    def _move(self, gradient: Gradient, squares: Sequence[float], rest: Tensor) -> Report:
+    def _move(
+        self, gradient: Gradient, squares: Sequence[float], rest: Tensor, out: np.ndarray | None = None
+    ) -> Report:
         """Take the outer step by a gradient that is taken; squares: of all pieces' tensors; rest: the other means."""
         step, norm, means = self.step, norm_of(squares), self._rest.split(rest)
         with self.spans.of("outer step"), one_thread():
-            self.outer.move(gradient, step, norm)
-            finite = self.outer.finite()
+            alone = out is not None and not self.state  # θ is all of it
+            finite = self.outer.move(gradient, step, norm, torch.from_numpy(out) if alone else None)
             statistics = {name: means[f"statistics.{name}"] for name in self.state}
             if self.config.outer.local is None:
                 self.state = moved_state(self.state, statistics)
@@ -308,6 +305,8 @@ class Aggregator:
         self.step += 1
         self.bytes = 0
         self._open(attempt=0)
+        if out is not None and self.state:
+            self.broadcast(out)
         return Report(
             step,
             float(means.get("metric.loss", np.nan)),

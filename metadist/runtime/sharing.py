@@ -9,7 +9,6 @@ import os
 import stat
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -131,11 +130,18 @@ class Board:
         for space in self._spaces:
             space.head[0] = -1
 
-    def publish(self, step: int, write: Callable[[np.ndarray], object]) -> Shared:
-        """Flat values [total] of a step, as `write` writes them; once."""
+    def place(self, step: int) -> np.ndarray:
+        """Where the flat values [total] of a step are to be written; nobody reads them before they are published."""
         space = self._spaces[step % 2]
-        if space.head[0] != step:
-            space.head[0] = -1
-            write(space.array(self._dtype, self._length))
-            space.head[0] = step
+        space.head[0] = -1
+        return space.array(self._dtype, self._length)
+
+    def publish(self, step: int) -> Shared:
+        """What was written there."""
+        space = self._spaces[step % 2]
+        space.head[0] = step
         return space.shared(self._dtype, self._length)
+
+    def has(self, step: int) -> bool:
+        """Whether they are published."""
+        return bool(self._spaces[step % 2].head[0] == step)

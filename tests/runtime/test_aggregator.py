@@ -138,6 +138,32 @@ def test_broadcast_writes_where_it_is_told(config: Config) -> None:
     assert there.tobytes() == values.tobytes(), "the next step does not move it"
 
 
+@pytest.mark.parametrize("running", [False, True])
+def test_a_step_writes_theta_where_it_is_told(config: Config, running: bool, small_blocks: None) -> None:
+    config = config.with_values(model={"statistics": "running" if running else "support"})
+    aggregator = Aggregator(config.with_values(task={"transductive": not running}), IMAGE)
+    assert bool(aggregator.state) == running
+    there = np.zeros_like(aggregator.broadcast().values)
+    assert aggregator.outer_step(0, out=there).missing == (0, 1, 2, 3)
+    assert not there.any(), "no step was taken"
+    for shard in range(SHARDS):
+        aggregator.add(0, 0, [shard], sums(config, 0, shard))
+    report = aggregator.outer_step(0, out=there)
+    assert (report.missing, report.finite) == ((), True)
+    assert there.tobytes() == aggregator.broadcast().values.tobytes()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_what_is_not_finite_is_told(config: Config, last: bool, small_blocks: None) -> None:
+    aggregator = Aggregator(config.with_values(outer={"optimizer": "sgd", "lr": 1e38}), IMAGE)
+    q = np.zeros(aggregator.total.size, dtype=np.int64)
+    q[aggregator.outer.layout.total - 1 if last else 0] = 2**60
+    for shard in range(SHARDS):
+        aggregator.add(0, 0, [shard], q)
+    report = aggregator.outer_step(0)
+    assert (report.missing, report.finite) == ((), False)
+
+
 @pytest.mark.parametrize("outer", OUTERS.values(), ids=OUTERS)
 @pytest.mark.parametrize("statistics", ["support", "running"])
 @pytest.mark.parametrize("pieces", [1, 3])

@@ -54,7 +54,8 @@ def test_a_worker_writes_its_sums_where_they_are_read(override: str, tiny: Make)
     aggregator = Aggregator(config, worker.engine.tasks.shape)
     reader, broadcast = Spaces(), aggregator.broadcast()
     board = Board(broadcast.values.dtype.str, len(broadcast.values))
-    published = Published(0, 0, board.publish(0, aggregator.broadcast), broadcast.exponents)
+    aggregator.broadcast(board.place(0))
+    published = Published(0, 0, board.publish(0), broadcast.exponents)
     for shards in ([0], [1, 2], [3], [0, 1, 2, 3]):
         receipt, shared = worker.compute_here(published, 0, 0, shards)
         expected, q = worker.compute(broadcast, 0, 0, shards)
@@ -67,6 +68,6 @@ def test_a_worker_writes_its_sums_where_they_are_read(override: str, tiny: Make)
             assert head[0] == Outbox.WAITING
             head[0] = Outbox.READ
     assert len(worker._outbox._places) <= 3, "payloads of one, two and four shards"
-    board.publish(2, aggregator.broadcast)
+    board.place(2)
     receipt, shared = worker.compute_here(published, 0, 0, [0])
     assert (receipt.current, receipt.summed, shared) == (False, (), None), "θ of another step lies there now"

@@ -62,14 +62,17 @@ def test_a_place_is_used_again_when_nobody_will_read_it() -> None:
 def test_parameters_stay_for_two_steps() -> None:
     board, reader = Board("<i8", 3), Spaces()
 
-    def publish(step: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        return reader.read(board.publish(step, lambda out: np.copyto(out, number)))
+    def publish(step: int) -> tuple[np.ndarray, np.ndarray]:
+        board.place(step)[:] = step
+        return reader.read(board.publish(step))
 
-    (zero, at_zero), (one, at_one) = publish(0, 0), publish(1, 1)
+    (zero, at_zero), (one, at_one) = publish(0), publish(1)
     assert (zero[0], one[0]) == (0, 1)
-    publish(1, 9)
-    assert at_one.tolist() == [1, 1, 1], "written once"
-    publish(2, 2)
+    assert [board.has(step) for step in range(3)] == [True, True, False]
+    board.place(2)[:] = 2
+    assert zero[0] not in range(3), "neither is there while it is written"
+    assert not board.has(0)
+    board.publish(2)
     assert (zero[0], at_zero.tolist()) == (2, [2, 2, 2])
     assert (one[0], at_one.tolist()) == (1, [1, 1, 1])
 
