@@ -24,6 +24,7 @@ def on_cores(work: Callable[[Item], Done], items: Iterable[Item]) -> list[Done]:
     """What the work returns of every item, in their order. To be called with one thread of torch's (`one_thread`)."""
     todo = deque(enumerate(items))
     done: dict[int, Done] = {}
+    others = min(_cores(), len(todo)) - 1
 
     def take() -> None:
         while True:
@@ -33,11 +34,12 @@ def on_cores(work: Callable[[Item], Done], items: Iterable[Item]) -> list[Done]:
                 return
             done[number] = work(item)
 
-    coming = [_threads().submit(take) for _ in range(min(_cores(), len(todo)) - 1)]
+    coming = [_threads().submit(take) for _ in range(others)]
     try:
         take()
     finally:
-        wait(coming)
+        if coming:
+            wait(coming)
     for one in coming:
         one.result()  # or its error
     return [done[number] for number in range(len(done))]

@@ -21,6 +21,7 @@ from metadist.engine.program import Program
 from metadist.engine.shard import ENGINES, JUDGES
 from metadist.engine.sweep import Grid, Setting, judge_grid
 from metadist.spans import Spans
+from metadist.tasks.episode import Episode
 from metadist.tasks.samplers import Sampler, evaluation_tasks, training_tasks
 
 Lane = dict[str, np.ndarray]
@@ -90,6 +91,7 @@ class Engine:
         self.shards = config.lanes
         self._judged: dict[tuple[str, str], tuple[Sampler, Algorithm]] = {}
         self.spans = Spans()
+        self._ahead: dict[tuple[int, int], Episode] = {}
         self.programs = Staged(config, self._program) if config.engine.mode == "graph" else None
 
     def sums(self, theta: dict[str, Tensor], state: dict[str, Tensor], step: int, shard: int) -> dict[str, Tensor]:
@@ -104,12 +106,21 @@ class Engine:
 
     def _sums(self, theta: dict[str, Tensor], state: dict[str, Tensor], step: int, shard: int) -> dict[str, Tensor]:
         with precision(self.config.engine):
-            with self.spans.of("sampling"):
-                episodes = self.tasks.sample(step, shard * self.shard_tasks, self.shard_tasks)
+            episodes = self._ahead.pop((step, shard), None) or self._sampled(step, shard)
             found = self._compute(self.algorithms.at(step), theta, state, episodes, self.tasks.ways, step)
             if self.config.tracking.profile and self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # else its time would be that of whoever waits for it next
             return found
+
+    def sample_ahead(self, step: int, shard: int) -> None:
+        """Draw a shard's tasks before it is computed; of another step they are kept no longer."""
+        if self.programs is None and self.config.outer.local is None:  # those draw many, or themselves
+            self._ahead = {key: episodes for key, episodes in self._ahead.items() if key[0] == step}
+            self._ahead[step, shard] = self._sampled(step, shard)
+
+    def _sampled(self, step: int, shard: int) -> Episode:
+        with self.spans.of("sampling"):
+            return self.tasks.sample(step, shard * self.shard_tasks, self.shard_tasks)
 
     def _program(self, here: Config) -> Program:
         """A stage's shard."""

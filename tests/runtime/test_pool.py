@@ -9,10 +9,12 @@ import pytest
 
 from metadist.config import Config, resolve
 from metadist.data.sources import prepare
+from metadist.engine.engine import Engine
 from metadist.runtime import pool
 from metadist.runtime.aggregator import Aggregator, sealed
 from metadist.runtime.pool import Asked, Pool, Shard, Worker
 from metadist.runtime.sharing import Board, Outbox, Published, Spaces
+from metadist.tasks.episode import Episode
 
 Make = Callable[..., Config]
 
@@ -50,7 +52,7 @@ def test_a_worker_writes_its_sums_where_they_are_read(override: str, tiny: Make)
     """The numbers of `compute`, in the same place again and again, also where nothing is handed out."""
     config = resolve(tiny(override))
     worker = Worker(config, [str(prepare(source).path) for source in config.data.sources])
-    worker._spaces, worker._outbox = Spaces(), Outbox()
+    worker.open()
     aggregator = Aggregator(config, worker.engine.tasks.shape)
     reader, broadcast = Spaces(), aggregator.broadcast()
     board = Board(broadcast.values.dtype.str, len(broadcast.values))
@@ -71,3 +73,46 @@ def test_a_worker_writes_its_sums_where_they_are_read(override: str, tiny: Make)
     board.place(2)
     receipt, shared = worker.compute_here(published, 0, 0, [0])
     assert (receipt.current, receipt.summed, shared) == (False, (), None), "θ of another step lies there now"
+
+
+def test_tasks_are_drawn_ahead_where_a_step_begins_as_the_last_did(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once each, before they are asked for, and to the same bits; a wrong guess costs its time alone."""
+    config = resolve(tiny())
+    worker = Worker(config, [str(prepare(source).path) for source in config.data.sources])
+    worker.open()
+    plain, drawn = Engine(config, worker.tables), list[tuple[int, int]]()
+    sample, tasks, size = worker.engine.tasks.sample, worker.engine.tasks, worker.engine.shard_tasks
+
+    def counted(step: int, first: int, count: int) -> Episode:
+        drawn.append((step, first // size))
+        return sample(step, first, count)
+
+    monkeypatch.setattr(
+        type(tasks), "sample", lambda self, *asked: counted(*asked) if self is tasks else sample(*asked)
+    )
+    waits = [False]
+    monkeypatch.setattr(Worker, "more", property(lambda self: waits[0]))
+    aggregator = Aggregator(config, tasks.shape)
+    board = Board("<f4", aggregator.piece.values.total)
+    values = aggregator.broadcast(board.place(0)).values
+    begins = [[0, 1], [0, 1], [0, 1], [2], [2], [3]]
+    for step, shards in enumerate(begins):
+        board.place(step)[:] = values
+        published = Published(step, 0, board.publish(step), aggregator.exponents)
+        for number, asked in enumerate((shards, [3])):
+            receipt, shared = worker.compute_here(published, step, 0, asked)
+            assert receipt.summed == tuple(asked)
+            assert shared is not None
+            expected = sum(plain.part(values, aggregator.exponents, step, shard).q for shard in asked)
+            assert np.array_equal(Spaces().read(shared)[1], expected)
+            ahead = number == 0 and step > 0 and shards == begins[step - 1]
+            before = list(drawn)
+            waits[0] = True
+            worker.spare()
+            assert drawn == before, "what is asked comes first"
+            waits[0] = False
+            worker.spare()
+            assert drawn[len(before) :] == [(step + 1, shard) for shard in shards if ahead]
+    wrong = [(3, 0), (3, 1), (5, 2)]
+    asked = [(step, shard) for step, shards in enumerate(begins) for shard in (*shards, 3)]
+    assert sorted(drawn) == sorted(asked + wrong)
