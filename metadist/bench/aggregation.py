@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from multiprocessing import connection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from metadist.runtime.aggregation import Aggregation
 from metadist.runtime.aggregator import sealed
 from metadist.runtime.cluster import connect, disconnect
 from metadist.runtime.cut import assembled, cut, topology
-from metadist.runtime.line import Line, Reached
+from metadist.runtime.line import Line, Reached, heard
 from metadist.runtime.sharing import Published, Shared, Space, Spaces
 from metadist.runtime.worker import Receipt
 
@@ -135,8 +134,7 @@ class _Contender:
             line.call("compute_here", self.sums.published, step, 0, (number,))
         waiting = set(self.lines)
         while waiting:
-            ready = connection.wait([line.connection for line in waiting])
-            for line in [line for line in waiting if line.connection in ready]:
+            for line in heard(waiting, 1.0):
                 for receipt, shared in line.answers().values():
                     waiting.discard(line)
                     self.sums.add(step, 0, receipt, (shared,), self.node)

@@ -67,7 +67,7 @@ class Aggregator(Watched, Reached, aggregator.Aggregator):
         return self._published()
 
     def _published(self) -> Published:
-        return Published(self.step, self.attempt, self._board.publish(self.step), self.exponents)
+        return Published(self.step, self.attempt, self._board.publish(self.step), self.exponents.tobytes())
 
     def add_here(self, sums: Sequence[Placed]) -> None:
         """`add` by the line. What waits is added together."""

@@ -9,7 +9,6 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import connection
 from typing import Any, NamedTuple, NoReturn
 
 from metadist.config import Config
@@ -19,7 +18,7 @@ from metadist.runtime import worker
 from metadist.runtime.aggregator import Broadcast
 from metadist.runtime.cluster import first_line, free, reserved, room
 from metadist.runtime.dispatcher import Dispatcher
-from metadist.runtime.line import Address, Line, Reached
+from metadist.runtime.line import Address, Line, Reached, heard
 from metadist.runtime.runtime import AggregatorLost, Say
 from metadist.runtime.sharing import Gone, Outbox, Published, Shared, Spaces
 from metadist.runtime.timeline import Timeline
@@ -103,7 +102,8 @@ class Worker(Reached, worker.Worker):
             head, values = self._spaces.read(published.values)
         except Gone:  # the aggregator
             return late, None
-        blueprint, broadcast = self.engine.blueprint, Broadcast(*published[:2], values, published.exponents)
+        exponents = np.frombuffer(published.exponents, np.int64)
+        blueprint, broadcast = self.engine.blueprint, Broadcast(*published[:2], values, exponents)
         own = blueprint.compression is None and self.engine.programs is None  # else what is sent lies elsewhere
         space = self._outbox.place(step, 8 * blueprint.sums.total) if own else None
         into = None if space is None else space.array("<i8", blueprint.sums.total)
@@ -393,13 +393,12 @@ class Pool:
         """Answers by lines. A broken one is the death of a worker."""
         from ray.exceptions import RayTaskError
 
-        names = {line.connection: name for name, line in self.lines.items()}
+        names = {line: name for name, line in self.lines.items()}
         came = []
-        for ready in connection.wait(list(names), patience):
-            name = names[ready]  # type: ignore[index]
+        for line in heard(names, patience):
+            name = names[line]
             if name not in self.lines:
                 continue  # it was lost while we looked at another answer
-            line = self.lines[name]
             try:
                 answers = line.answers()
             except (EOFError, OSError):

@@ -57,7 +57,7 @@ def test_a_worker_writes_its_sums_where_they_are_read(override: str, tiny: Make)
     reader, broadcast = Spaces(), aggregator.broadcast()
     board = Board(broadcast.values.dtype.str, len(broadcast.values))
     aggregator.broadcast(board.place(0))
-    published = Published(0, 0, board.publish(0), broadcast.exponents)
+    published = Published(0, 0, board.publish(0), broadcast.exponents.tobytes())
     for shards in ([0], [1, 2], [3], [0, 1, 2, 3]):
         receipt, shared = worker.compute_here(published, 0, 0, shards)
         expected, q = worker.compute(broadcast, 0, 0, shards)
@@ -98,7 +98,7 @@ def test_tasks_are_drawn_ahead_where_a_step_begins_as_the_last_did(tiny: Make, m
     begins = [[0, 1], [0, 1], [0, 1], [2], [2], [3]]
     for step, shards in enumerate(begins):
         board.place(step)[:] = values
-        published = Published(step, 0, board.publish(step), aggregator.exponents)
+        published = Published(step, 0, board.publish(step), aggregator.exponents.tobytes())
         for number, asked in enumerate((shards, [3])):
             receipt, shared = worker.compute_here(published, step, 0, asked)
             assert receipt.summed == tuple(asked)
