@@ -11,6 +11,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
+
 from metadist.config import Config
 from metadist.engine.fingerprint import differences
 from metadist.errors import ClusterError, MetadistError
