@@ -149,11 +149,6 @@ def rounded(layout: Layout, tensors: Mapping[str, Tensor], scale: Tensor) -> Rou
     return Rounded(values, found.long(), found.abs().max())
 
 
-def dequantise(layout: Layout, total: np.ndarray, exponents: np.ndarray, parts: int = 1) -> Tensor:
-    """The sum, or the mean over so many, float64 [total]."""
-    return Means(layout, total).whole(exponents, parts)
-
-
 class Means:
     """A sum's mean, float64, block by block, each in the same memory; total: where the sum is, int64 [total].
 

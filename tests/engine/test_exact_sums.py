@@ -20,7 +20,6 @@ from metadist.engine.exact import (
     TARGET_BITS,
     Means,
     coarser,
-    dequantise,
     first_exponents,
     next_exponents,
     quantise,
@@ -109,7 +108,7 @@ def test_the_sum_is_accurate(values, magnitude):
         settled, exponents = exponents, exponents_after(LAYOUT, total, exponents)
         if np.array_equal(settled, exponents):
             break
-    found = LAYOUT.split(dequantise(LAYOUT, total, settled))
+    found = LAYOUT.split(Means(LAYOUT, total).whole(settled, 1))
     starts = {"a": slice(0, 2), "b": slice(2, 6)}
     for name, cut in starts.items():
         largest = max(abs(x) for x in exact[cut])
@@ -140,7 +139,7 @@ def test_accuracy_of_a_gradient_like_sum():
         total = sum(quantise(layout, {"w": v}, exponents, 2).q for v in values)
         settled, exponents = exponents, exponents_after(layout, total, exponents)
     expected = values[0] + values[1]
-    assert (layout.split(dequantise(layout, total, settled))["w"] - expected).abs().max() <= 2.0**-44 * expected.max()
+    assert (Means(layout, total).whole(settled, 1) - expected).abs().max() <= 2.0**-44 * expected.max()
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=6, max_size=6), st.integers(-300, 300))
@@ -251,7 +250,7 @@ def test_zero_tensors():
     total = sum(part.q for part in parts)
     assert all(part.finite and part.fits for part in parts)
     assert exponents_after(LAYOUT, total, first_exponents(LAYOUT)).tolist() == [FIRST_EXPONENT + FINER_BITS] * 2
-    assert not dequantise(LAYOUT, total, first_exponents(LAYOUT)).any()
+    assert not Means(LAYOUT, total).whole(first_exponents(LAYOUT), 1).any()
 
 
 def test_each_tensor_has_its_own_scale():
@@ -259,7 +258,7 @@ def test_each_tensor_has_its_own_scale():
     assert scales(LAYOUT, exponents).tolist() == [8.0, 8.0, 0.25, 0.25, 0.25, 0.25]
     q = quantise(LAYOUT, tensors_of([1.0, 2.0, 4.0, 8.0, 12.0, 16.0]), exponents, 1).q
     assert q.tolist() == [8, 16, 1, 2, 3, 4]
-    back = LAYOUT.split(dequantise(LAYOUT, q, np.array([3, -2])))
+    back = LAYOUT.split(Means(LAYOUT, q).whole(np.array([3, -2]), 1))
     assert back["b"].tolist() == [[4.0, 8.0], [12.0, 16.0]]
 
 
@@ -273,14 +272,14 @@ def test_quantising_leaves_its_input_alone():
     assert (tensor == 0.1).all()
 
 
-def test_dequantising_block_by_block_is_dequantising_at_once():
+def test_the_mean_block_by_block_is_the_mean_at_once():
     """In pieces that fit into the cache, and the mean with it: the same bits."""
     layout = Layout(("large", "none", "small"), ((3, BLOCK // 2 + 5), (0,), ()))
     total = np.random.default_rng(0).integers(-(2**62), 2**62, layout.total)
     exponents = np.array([130, 5, -40])
     at_once = torch.from_numpy(total.astype(np.float64)) / scales(layout, exponents)
-    assert torch.equal(dequantise(layout, total, exponents), at_once)
-    assert torch.equal(dequantise(layout, total, exponents, 12), at_once / 12)
+    assert torch.equal(Means(layout, total).whole(exponents, 1), at_once)
+    assert torch.equal(Means(layout, total).whole(exponents, 12), at_once / 12)
 
 
 def layout_of(sizes):
