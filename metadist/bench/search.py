@@ -28,7 +28,7 @@ from metadist.engine.shard import Sums, vectorised
 from metadist.engine.sweep import Grid
 from metadist.errors import RunError
 from metadist.search.ledger import read_ledger
-from metadist.tasks.episode import Episode
+from metadist.tasks.samplers import Sampler
 
 TURNS = 5
 RATES = (0.1, 0.19, 0.37, 0.72, 1.4, 2.7, 5.2, 10.0)
@@ -89,10 +89,10 @@ def sweep_rows(name: str, turns: int, say: Callable[[str], None]) -> list[Row]:
 
 
 def packed_rows(name: str, turns: int, say: Callable[[str], None]) -> list[Row]:
-    """A shard of several trials that differ in θ and inner rate: together against one after the other."""
+    """A shard of several trials that differ in θ and inner rate, tasks sampled: together against each by itself."""
     config = job(name)
     engine = Engine(config, [prepare(source, say) for source in config.data.sources])
-    episodes, ways, size = engine.tasks.sample(0, 0, engine.shard_tasks), engine.tasks.ways, engine.shard_tasks
+    tasks, size = engine.tasks, engine.shard_tasks
     rows: list[Row] = []
     for count in PACKS:
         built = [Engine(config.with_values(algorithm={"inner_lr": rate}), engine.tables) for rate in RATES[:count]]
@@ -101,8 +101,8 @@ def packed_rows(name: str, turns: int, say: Callable[[str], None]) -> list[Row]:
         states = [engine.blueprint.state] * count
         given = (methods, thetas, states)
         contenders: dict[str, Callable[[], object]] = {
-            "separate": partial(_one_by_one, *given, episodes, ways),
-            "packed": partial(vectorised_packed, *given, episodes, ways, 0),
+            "separate": partial(_each_by_itself, *given, tasks, size),
+            "packed": partial(_together, *given, tasks, size),
         }
         for contender in contenders.values():  # warm
             contender()
@@ -115,15 +115,17 @@ def packed_rows(name: str, turns: int, say: Callable[[str], None]) -> list[Row]:
     return rows
 
 
-def _one_by_one(
-    methods: Sequence[Algorithm],
-    thetas: Sequence[Theta],
-    states: Sequence[State],
-    episodes: Episode,
-    ways: int,
+def _each_by_itself(
+    methods: Sequence[Algorithm], thetas: Sequence[Theta], states: Sequence[State], tasks: Sampler, size: int
 ) -> list[Sums]:
     each = zip(methods, thetas, states, strict=True)
-    return [vectorised(method, theta, state, episodes, ways, 0) for method, theta, state in each]
+    return [vectorised(method, theta, state, tasks.sample(0, 0, size), tasks.ways, 0) for method, theta, state in each]
+
+
+def _together(
+    methods: Sequence[Algorithm], thetas: Sequence[Theta], states: Sequence[State], tasks: Sampler, size: int
+) -> list[Sums]:
+    return vectorised_packed(methods, thetas, states, tasks.sample(0, 0, size), tasks.ways, 0)
 
 
 def search_rows(say: Callable[[str], None]) -> list[Row]:

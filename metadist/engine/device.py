@@ -21,7 +21,8 @@ def settle(engine: Engine) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
     _keep_memory()
     torch.set_num_threads(engine.threads)
-    torch.use_deterministic_algorithms(True)
+    # What `use_deterministic_algorithms` does, without torch's compiler, whose import takes one to two seconds.
+    torch.set_deterministic_debug_mode("error")
     # It would also fill every fresh buffer with NaN, which costs a tenth of a shard's time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False

@@ -1,7 +1,9 @@
-"""One shard of several trials at once: a further `vmap` axis over their θ and inner rates, on the same episodes.
+"""One shard of several trials, on the same episodes: one after the other in closed form, else at once by `vmap`.
 
-The trials share nothing but the episodes, so the gradient of the sum of their losses with respect to their stacked θ
-is each one's own. Sums are taken in another grouping than in `shard.vectorised`: the last bits differ.
+A closed form leaves little to gain by a further axis, and one trial after the other has the bits that it has alone.
+By `vmap` there is an axis over their θ and inner rates. The trials share nothing but the episodes, so the gradient of
+the sum of their losses with respect to their stacked θ is each one's own. Sums are taken in another grouping than in
+`shard.vectorised`: the last bits differ.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,11 +14,16 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from metadist.algorithms.algorithm import Algorithm, Direct, Outcome
-from metadist.engine.shard import Sums
+from metadist.algorithms.algorithm import Algorithm, Closed, Direct, Outcome
+from metadist.engine.shard import Sums, vectorised
 from metadist.tasks.episode import Episode
 
 Named = Mapping[str, Tensor]
+
+
+def one_by_one(algorithm: Algorithm, episodes: Episode) -> bool:
+    """Whether trials are computed one after the other: each then has the bits that it has alone."""
+    return isinstance(algorithm, Closed) and algorithm.at_once(episodes) > 0
 
 
 def vectorised_packed(
@@ -31,6 +38,20 @@ def vectorised_packed(
 
     algorithms: of one kind, alike but for `inner_lr`; none that compares tasks.
     """
+    if one_by_one(algorithms[0], episodes):
+        each = zip(algorithms, thetas, states, strict=True)
+        return [vectorised(algorithm, theta, state, episodes, ways, step) for algorithm, theta, state in each]
+    return _by_vmap(algorithms, thetas, states, episodes, ways, step)
+
+
+def _by_vmap(
+    algorithms: Sequence[Algorithm],
+    thetas: Sequence[Named],
+    states: Sequence[Named],
+    episodes: Episode,
+    ways: int,
+    step: int,
+) -> list[Sums]:
     first: Any = algorithms[0]
     theta, state = _stacked(thetas), _stacked(states)
     own: dict[str, Tensor] = {}

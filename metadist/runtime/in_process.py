@@ -24,6 +24,11 @@ class Computing(Protocol):
     @property
     def engine(self) -> Engine: ...
 
+    @property
+    def exact(self) -> bool:
+        """Whether its bits are those of the run alone."""
+        ...
+
     def introduce(self) -> Introduction: ...
 
     def compute(
@@ -36,15 +41,16 @@ class Computing(Protocol):
 
 
 class InProcess:
-    """`cluster.workers: 0`. worker: the run's own without it; one that computes with other runs is not exact."""
+    """`cluster.workers: 0`. worker: the run's own without it."""
 
     workers = 0
 
     def __init__(
         self, config: Config, tables: Sequence[Table], snapshot: Snapshot | None, worker: Computing | None = None
     ) -> None:
-        self.config, self.exact = config, worker is None
+        self.config = config
         self.worker: Computing = worker or Worker(config, [str(table.path) for table in tables])
+        self.exact = self.worker.exact
         introduction = self.worker.introduce()
         self.aggregator = self._aggregator(snapshot)
         self.step, self.earlier = self.aggregator.step, list[Report]()

@@ -88,6 +88,8 @@ def misfitting(config: Config, paths: Sequence[str], sharing: int) -> RunError |
 class Worker:
     """Computes shards and evaluation tasks of one run."""
 
+    exact = True
+
     def __init__(self, config: Config, paths: Sequence[str]) -> None:
         self.config, self.paths = config, paths
 

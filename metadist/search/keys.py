@@ -32,8 +32,8 @@ class Search(Tree):
     concurrent: Positive = Field(2, description="trials at once")
     pack: Positive = Field(
         1,
-        description="trials that one process computes together, of `concurrent`; their last digits differ from those "
-        "of a run alone, so the winner is trained again by itself",
+        description="trials that one process computes together, of `concurrent`; where their last digits differ from "
+        "those of a run alone, the winner is trained again by itself",
     )
     searcher: Literal["random", "grid", "optuna"] = Field("optuna", description="who proposes points; optuna: TPE")
     scheduler: Literal["fifo", "asha", "median", "pbt"] = Field(

@@ -1,6 +1,7 @@
 """From the last trial to the answer: who goes on, who wins, by how much, and the one meta-test.
 
-A winner that was packed is trained again by itself, and what is told from there on is of that run.
+A winner to which a pack gave other bits than its own is trained again by itself; what is told from there on is of that
+run.
 
 Each line of it is an event in the ledger before the next one begins, so a search that is resumed repeats none.
 """
@@ -129,7 +130,7 @@ class _Lines(NamedTuple):
         return _score(_once(self.ledger, "judged", find, id=trial.id))
 
     def stands(self, trial: Trial) -> bool:
-        """Whether a finalist's bits are those of its run by itself; a packed one is trained again to find them."""
+        """Whether a finalist's bits are those of its run by itself; where a pack's are not, it is trained again."""
         assert trial.end is not None
         if self.job.search.pack == 1 or trial.end.facts.get("reproducible", True):
             return True

@@ -1,9 +1,10 @@
-"""Several trials in one process whose shards are computed together.
+"""Several trials in one process that sample every shard once and compute it together.
 
 Each trial is an ordinary run with a thread, an aggregator and a run folder of its own; where it would compute the
 shards of a meta-step, it waits for the others, and one of them computes those of all. They differ in numbers only
-(`keys.PACKED`). Their bits are not those of the same runs alone, so their results say `reproducible: false`. A trial
-that ends early leaves the others. After a resume the trials may stand at different meta-steps: those behind go first.
+(`keys.PACKED`). Where a shard has a closed form their bits are those of the same runs alone; else they are not, and
+their results say `reproducible: false`. A trial that ends early leaves the others. After a resume the trials may stand
+at different meta-steps: those behind go first.
 """
 
 import io
@@ -23,7 +24,7 @@ from metadist.data.table import Table
 from metadist.engine.device import precision
 from metadist.engine.engine import Engine
 from metadist.engine.exact import quantise
-from metadist.engine.packed import vectorised_packed
+from metadist.engine.packed import one_by_one, vectorised_packed
 from metadist.engine.shard import Sums
 from metadist.engine.sweep import Setting
 from metadist.runtime.aggregator import Broadcast, Snapshot, sealed
@@ -217,6 +218,13 @@ class Member:
         with pack.alone:
             self.engine = self._worker.engine
         self._step, self._sums = -1, list[Sums]()
+
+    @property
+    def exact(self) -> bool:
+        """A stage changes numbers only, so the first one speaks for all."""
+        engine = self.engine
+        alike = engine.config.engine.mode == "vectorised"  # no pack computes by a graph
+        return alike and one_by_one(engine.algorithms.at(0), engine.tasks.sample(0, 0, 1))
 
     def introduce(self) -> Introduction:
         with self.pack.alone:

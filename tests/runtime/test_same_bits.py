@@ -61,7 +61,7 @@ def test_by_ray_alone(on_cluster: Make, tiny_run: Any, tmp_path: Path) -> None:
     assert result["test"] == tiny_run.result["test"]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.chaos), 3])
 def test_any_number_of_workers(workers: int, on_cluster: Make, tiny_run: Any, tmp_path: Path) -> None:
     result = train(on_cluster(workers), "tiny", tmp_path / "run").result
     assert result["theta_sha256"] == tiny_run.result["theta_sha256"]

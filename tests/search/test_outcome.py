@@ -255,6 +255,22 @@ def test_a_packed_winner_is_trained_again_by_itself(searched: Any, concluded_onc
     assert "Trained again by itself, to " in shown
 
 
+def test_a_packed_winner_of_its_own_bits_is_not_trained_again(searched: Any, concluded_once: Any) -> None:
+    winner = events_of(concluded_once, "selected")[0]["id"]
+    job, ledger = packed(searched), searched.ledger()
+    for trial in searched.trials:
+        if trial.end.how == "finished":
+            trial.end.facts["reproducible"] = True
+    conclude(job, searched.trials, searched.folder, ledger, lambda line: None)
+    ledger.close()
+    assert not [event for event in ledger.events if event["event"] == "alone"]
+    told, calm = (
+        json.loads((folder / "search.json").read_text()) for folder in (searched.folder, concluded_once.folder)
+    )
+    assert told["run"] == calm["run"] == f"trials/{winner}"
+    assert told["theta_sha256"] == calm["theta_sha256"]
+
+
 def test_a_packed_finalist_that_fails_by_itself_does_not_win(
     searched: Any, concluded_once: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

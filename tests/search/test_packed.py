@@ -1,4 +1,4 @@
-"""Trials that are computed together: each is, but for the last digits, the run that it would be alone."""
+"""Trials that are computed together: each is the run that it would be alone, in closed form to the bit."""
 
 import io
 import os
@@ -36,6 +36,8 @@ METHODS = {
     "reptile": ("algorithm.inner_optimizer=sgd",),
     "maml++": ("model.statistics=running", "algorithm.inner_steps=2"),
 }  # fmt: skip
+CLOSED = ("engine.dtype=float32", "model.name=stride2", "model.width=4", "model.layers=2")
+"""A network whose shards have a closed form."""
 
 
 @pytest.fixture
@@ -73,24 +75,39 @@ def run(job: SearchJob, trials: list[Trial], folder: Path, ask: Any = go) -> dic
     return ended
 
 
-def assert_alike(job: SearchJob, trial: Trial, folder: Path, alone: Path) -> str:
-    """θ and history of a packed trial beside those of its run alone; θ's hash."""
+def both_runs(job: SearchJob, trial: Trial, folder: Path, alone: Path) -> tuple[tuple[Path, Any], tuple[Path, Any]]:
+    """Folder and result of a packed trial, and those of its run alone."""
     config = job.config(trial.values).with_values(cluster={"workers": 0}, eval={"test": False})
     by_itself = train(config, "alone", alone / trial.id)
     packed = folder / "trials" / trial.id
-    result = RunFolder(packed).result()
-    assert result is not None
-    assert (result["reproducible"], by_itself.result["reproducible"]) == (False, True)
-    one, other = (load_file(path / "theta.safetensors") for path in (packed, by_itself.folder))
+    return (packed, RunFolder(packed).result()), (by_itself.folder, by_itself.result)
+
+
+def assert_alike(job: SearchJob, trial: Trial, folder: Path, alone: Path) -> str:
+    """θ and history of a packed trial beside those of its run alone; θ's hash."""
+    (packed, result), (by_itself, other_result) = both_runs(job, trial, folder, alone)
+    assert (result["reproducible"], other_result["reproducible"]) == (False, True)
+    one, other = (load_file(path / "theta.safetensors") for path in (packed, by_itself))
     assert one.keys() == other.keys()
     for key in one:
         np.testing.assert_allclose(one[key], other[key], rtol=1e-9, atol=1e-9)
-    rows = [read_metrics(path / "metrics.parquet") for path in (packed, by_itself.folder)]
+    rows = [read_metrics(path / "metrics.parquet") for path in (packed, by_itself)]
     for mine, its in zip(*rows, strict=True):
         assert (mine.get("val_accuracy") is None) == (mine["step"] != 3 and mine["step"] != 6)
         for key in ("step", "loss", "accuracy", "grad_norm", "lr", "val_accuracy"):
             if its.get(key) is not None or mine.get(key) is not None:
                 assert mine[key] == pytest.approx(its[key], rel=1e-9), key
+    return str(result["theta_sha256"])
+
+
+def assert_the_same(job: SearchJob, trial: Trial, folder: Path, alone: Path) -> str:
+    """The bits of both; θ's hash."""
+    (packed, result), (by_itself, other_result) = both_runs(job, trial, folder, alone)
+    assert (result["reproducible"], other_result["reproducible"]) == (True, True)
+    assert result["theta_sha256"] == other_result["theta_sha256"]
+    mine, its = (read_metrics(path / "metrics.parquet") for path in (packed, by_itself))
+    for key in ("step", "loss", "accuracy", "grad_norm", "lr", "val_accuracy", "val_loss"):
+        assert [row.get(key) for row in mine] == [row.get(key) for row in its], key
     return str(result["theta_sha256"])
 
 
@@ -107,6 +124,23 @@ def test_packed_trials_agree_with_runs_alone(search: Callable[..., SearchJob], f
         assert "peak_memory" not in end.facts, "it is that of the pack"
         log = (folder / "logs" / f"{trial.id}.log").read_text()
         assert log.count("meta-step 6/6") == 1, "its own lines alone"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_in_closed_form_packed_trials_have_the_bits_of_runs_alone(
+    search: Callable[..., SearchJob], folder: Path, dtype: str
+) -> None:
+    """Also when one of them is stopped on the way, and when they differ in their seed."""
+    job = search(*CLOSED, f"engine.dtype={dtype}")
+    every = trials(job)
+
+    def ask(trial: Trial, step: int, values: dict[str, float]) -> Any:
+        return "stop" if (trial.id, step) == ("001", 3) else "go"
+
+    ended = run(job, every, folder, ask)
+    assert {id: end.how for id, end in ended.items()} == {"001": "stopped", "000": "finished", "002": "finished"}
+    assert all(end.facts["reproducible"] for end in ended.values())
+    assert len({assert_the_same(job, every[n], folder, folder / "alone") for n in (0, 2)}) == 2
 
 
 def test_a_trial_that_is_stopped_leaves_the_others(search: Callable[..., SearchJob], folder: Path) -> None:
@@ -143,10 +177,16 @@ def test_one_that_fails_or_diverges_leaves_the_others(
     assert ended["000"].how == "finished" and ended["000"].step == 6
 
 
-@pytest.mark.parametrize("behind", [0, 3])
-def test_a_pack_whose_process_died_goes_on(search: Callable[..., SearchJob], folder: Path, behind: int) -> None:
+@pytest.mark.parametrize(
+    ("behind", "words", "compare"),
+    [(0, (), assert_alike), (3, (), assert_alike), (3, CLOSED, assert_the_same)],
+    ids=["by vmap from the start", "by vmap", "in closed form"],
+)
+def test_a_pack_whose_process_died_goes_on(
+    search: Callable[..., SearchJob], folder: Path, behind: int, words: Any, compare: Any
+) -> None:
     """Killed in its second validation, when one trial has told of it; one's checkpoint is older than the others'."""
-    job = search()
+    job = search(*words)
     every = trials(job)
     told: list[tuple[str, int]] = []
 
@@ -176,7 +216,7 @@ def test_a_pack_whose_process_died_goes_on(search: Callable[..., SearchJob], fol
     assert all(ended[trial.id].how == "finished" for trial in every)
     assert {(id, step) for id, step in told} == {(trial.id, step) for trial in every for step in (3, 6)}
     for trial in every:
-        assert_alike(job, trial, folder, folder / "alone")
+        compare(job, trial, folder, folder / "alone")
 
 
 def test_a_full_disk_ends_the_pack(
