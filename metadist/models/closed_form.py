@@ -157,7 +157,7 @@ class ClosedForm:
             # An odd last row or column is in the statistics, and in no window.
             columns = columns.view(tasks, depth + 1, n, height, width)
             height, width, phases = height // 2, width // 2, 4
-            columns = columns[..., : 2 * height, : 2 * width].unflatten(-1, (width, 2)).unflatten(-3, (height, 2))
+            columns = columns[..., : 2 * height, : 2 * width].reshape(tasks, depth + 1, n, height, 2, width, 2)
             columns = columns.permute(0, 1, 4, 6, 2, 3, 5).reshape(tasks, depth + 1, -1)
         return Images(columns, centre.mT, covariance, (tasks, n, height, width), phases)
 
@@ -240,9 +240,11 @@ class ClosedForm:
         r = torch.rsqrt(variance + EPSILON)
         extended = torch.cat([kernel * (scale * r), shift.expand(r.shape)], 1)
         y = self._first_outputs(images, extended)
-        out = y[:, 0] if self.strided else None
-        if self.strided and params["conv2.weight"].ndim == 5:
-            out = torch.empty_like(y[:, 0].transpose(0, 1), memory_format=torch.contiguous_format).transpose(0, 1)
+        out = None
+        if self.strided:
+            # Tasks between pixels and channels where they are to be the groups of the next convolution.
+            grouped = y.is_cpu and params["conv2.weight"].ndim == 5
+            out = y.new_empty(y.shape[2], len(y), self.width).transpose(0, 1) if grouped else y[:, 0]
         passed = pool(y.unbind(1), out)
         return FirstTape(images, kernel, scale, r, moved, y, passed), passed.out.view(*images.grid, -1)
 
