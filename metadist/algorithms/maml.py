@@ -105,7 +105,12 @@ class MAML:
         walked: list[Found] = []
         for _ in range(self.inner_steps):
             here = network.gradient(fast, images, support_y, products=second)
-            fast = {name: torch.sub(fast[name], g, alpha=self.inner_lr) for name, g in here.gradient.items()}
+            # A large gradient that nobody asks for again makes room for the parameters behind the step.
+            used_up = {name: g for name, g in here.gradient.items() if g.ndim == 5 and not self.support_loss_weight}
+            fast = {
+                name: torch.sub(fast[name], g, alpha=self.inner_lr, out=used_up.get(name))
+                for name, g in here.gradient.items()
+            }
             if second or not walked:
                 walked.append(here)
         query = network.images(episodes.query.x)

@@ -146,18 +146,19 @@ class ClosedForm:
         task, image, channel, row, column = padded.stride()
         windows = (tasks, 3, 3, channels, n, height, width)
         taken = padded.as_strided(windows, (task, row, column, channel, image, stride * row, stride * column))
-        taken = taken.contiguous()
-        flat = taken.view(tasks, depth, -1)
+        columns = x.new_empty(tasks, depth + 1, n * height * width)
+        columns[:, :depth].view(windows).copy_(taken)
+        columns[:, depth] = 1
+        flat = columns[:, :depth]
         centre = flat.mean(-1, keepdim=True)
         flat.sub_(centre)
         covariance = product(flat, flat.mT) / flat.shape[-1]
         if not self.strided:
             # An odd last row or column is in the statistics, and in no window.
+            columns = columns.view(tasks, depth + 1, n, height, width)
             height, width, phases = height // 2, width // 2, 4
-            taken = taken[..., : 2 * height, : 2 * width].reshape(tasks, depth, n, height, 2, width, 2)
-            taken = taken.permute(0, 1, 4, 6, 2, 3, 5)
-        columns = x.new_ones(tasks, depth + 1, phases * n * height * width)
-        columns[:, :depth] = taken.reshape(tasks, depth, -1)
+            columns = columns[..., : 2 * height, : 2 * width].reshape(tasks, depth + 1, n, height, 2, width, 2)
+            columns = columns.permute(0, 1, 4, 6, 2, 3, 5).reshape(tasks, depth + 1, -1)
         return Images(columns, centre.mT, covariance, (tasks, n, height, width), phases)
 
     def gradient(
@@ -239,7 +240,12 @@ class ClosedForm:
         r = torch.rsqrt(variance + EPSILON)
         extended = torch.cat([kernel * (scale * r), shift.expand(r.shape)], 1)
         y = self._first_outputs(images, extended)
-        passed = pool(y.unbind(1), y[:, 0] if self.strided else None)
+        out = None
+        if self.strided:
+            # Tasks between pixels and channels where they are to be the groups of the next convolution.
+            grouped = y.is_cpu and params["conv2.weight"].ndim == 5
+            out = y.new_empty(y.shape[2], len(y), self.width).transpose(0, 1) if grouped else y[:, 0]
+        passed = pool(y.unbind(1), out)
         return FirstTape(images, kernel, scale, r, moved, y, passed), passed.out.view(*images.grid, -1)
 
     def _first_outputs(self, images: Images, extended: Tensor) -> Tensor:

@@ -105,6 +105,10 @@ MANY_ROWS = 240
 MANY_POSITIONS = 9
 """The same of one image where tasks have weights of their own."""
 
+TASKS_OF_W, LARGE_IMAGE = 8, 100
+"""W of tasks with weights of their own is one convolution of so many tasks at most, where an image has so many
+positions or more: of 16, whose pixels lie 4096 bytes apart, it took a fifth longer and more."""
+
 
 class Windows:
     """Images [n, height, width, in] or [tasks, n, height, width, in] under a stride; gathered and grouped once,
@@ -167,6 +171,10 @@ def to_weight(windows: Windows, grad: Tensor, together: bool = False) -> Tensor:
         weight = product(flat.mT, gathered)
         return weight.view(*weight.shape[:-1], 3, 3, x.shape[-1]).movedim(-4, -1)
     groups = _groups(some)
+    if groups > TASKS_OF_W and math.prod(grad.shape[-3:-1]) >= LARGE_IMAGE:
+        some_tasks = [slice(first, first + TASKS_OF_W) for first in range(0, groups, TASKS_OF_W)]
+        each = [to_weight(Windows(x[tasks], stride), grad[tasks]) for tasks in some_tasks]
+        return torch.cat([weight.movedim(-1, -4) for weight in each]).movedim(-4, -1)
     found = _backwards(_nchw(grad, groups), windows.nchw(groups), _oihw(some), stride, groups, [False, True, False])[1]
     return found.permute(0, 2, 3, 1).reshape(*own, -1, *found.shape[2:], x.shape[-1]).movedim(-4, -1)
 

@@ -64,5 +64,5 @@ def test_memory_grows_with_the_root_of_the_steps():
         needed(job(method, k), [path], 2).bytes
         for method, k in (("maml", 16), ("maml, recompute", 1), ("maml, recompute", 16))
     )
-    assert many < 0.7 * kept
+    assert many < 0.75 * kept  # without it, a step of the closed form goes into the memory of its gradient
     assert many < math.sqrt(16) * few
