@@ -64,7 +64,7 @@ class Sender(Reached):
 
     def __init__(self, config: Config, shape: tuple[int, ...]) -> None:
         self.blueprint = Blueprint(config, shape)
-        self.pieces = cut(self.blueprint, topology(config.cluster, self.blueprint).aggregators)
+        self.pieces = cut(self.blueprint, topology(config.cluster, self.blueprint, together=True).aggregators)
         self.q = np.random.default_rng(0).integers(-(2**20), 2**20, self.blueprint.sums.total)
         self._spaces = Spaces()
 

@@ -118,6 +118,16 @@ def hosts(ray: Any) -> list[dict[str, float]]:
     return [node["Resources"] for node in living]
 
 
+def on_one_machine(ray: Any, cluster: Cluster) -> bool:
+    """Whether the cluster's only host is the driver's machine, and has room for all the workers that a run may have.
+
+    A driver outside (`ray://`) is a member of no host; where it runs, its name says.
+    """
+    living = [node for node in ray.nodes() if node["Alive"]]
+    here = len(living) == 1 and living[0]["NodeManagerHostname"] == socket.gethostname()
+    return here and room(ray, cluster) == cluster.most
+
+
 def places(host: dict[str, float], cluster: Cluster) -> int:
     """How many workers fit on a host, were it empty; `cluster.workers` where nothing is reserved for one."""
     each = [int(host.get(kind, 0.0) // one) for kind, one in reserved(cluster).items() if one]

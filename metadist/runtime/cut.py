@@ -39,9 +39,12 @@ class Topology:
         return way if self.aggregators == 1 else f"{way}, {self.aggregators} aggregators"
 
 
-def topology(cluster: Cluster, blueprint: Blueprint) -> Topology:
-    """By the keys; where they are auto by the rule that `metadist bench scale` has simulated, the same everywhere."""
-    apart = cluster.address != "local"
+def topology(cluster: Cluster, blueprint: Blueprint, together: bool) -> Topology:
+    """By the keys; where they are auto by the rule that `metadist bench scale` has simulated.
+
+    together: whether everything is on the driver's machine, where an only aggregator and lines are the quickest.
+    """
+    apart = not together
     many = apart and blueprint.compression is None and cluster.most * 8 * blueprint.sums.total >= MANY_BYTES
     large = apart and 4 * blueprint.values.total >= LARGE_BYTES
     return Topology(

@@ -1,6 +1,8 @@
 """θ in pieces: every tensor in one of them, and the same bits as whole."""
 
+import socket
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from metadist.config import Config, resolve, validate
 from metadist.engine.engine import Blueprint
+from metadist.runtime.aggregation import everything_is_together
 from metadist.runtime.aggregator import Aggregator, Snapshot, joined, sealed
 from metadist.runtime.combiner import Combiner
 from metadist.runtime.cut import Topology, assembled, cut, gathered_exponents, topology
@@ -184,4 +187,32 @@ def test_the_sum_of_a_node_holds_every_shard_once(calls: list[list[int]], random
 )
 def test_where_sums_go_by_the_size_of_theta(model, image, cluster, expected) -> None:  # type: ignore[no-untyped-def]
     config = validate({"model": model, "cluster": {"address": "auto", **cluster}}, "test")
-    assert topology(config.cluster, Blueprint(config, image)) == expected
+    assert topology(config.cluster, Blueprint(config, image), config.cluster.address == "local") == expected
+
+
+@pytest.mark.parametrize(
+    ("hosts", "cluster", "expected"),
+    [
+        ([("here", 4)], {}, True),
+        ([("here", 4)], {"workers": {"min": 1, "max": 4}}, True),
+        ([("here", 4)], {"workers": {"min": 1, "max": 8}}, False),
+        ([("here", 4), ("there", 0)], {}, False),
+        ([("there", 4)], {}, False),
+        ([("here", 4), ("dead", 4)], {}, True),
+        ([("here", 4)], {"lines": False}, False),
+        ([("there", 4), ("elsewhere", 4)], {"address": "local"}, True),
+    ],
+    ids=lambda value: str(value).replace("'", ""),
+)
+def test_where_everything_is_together(  # type: ignore[no-untyped-def]
+    hosts, cluster, expected, tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the hosts of the cluster and the CPUs of each: for an elastic run, with room for all that may come."""
+    told = [{"Alive": name != "dead", "NodeManagerHostname": name, "Resources": {"CPU": cpus}} for name, cpus in hosts]
+    total = {"CPU": float(sum(cpus for name, cpus in hosts if name != "dead"))}
+    ray = SimpleNamespace(nodes=lambda: told, cluster_resources=lambda: total)
+    monkeypatch.setattr(socket, "gethostname", lambda: "here")
+    config = resolve(validate({"cluster": {"address": "a:1", "workers": 4, **cluster}}, "test"))
+    assert everything_is_together(ray, config) is expected
+    carrying = resolve(tiny("outer.compression=int8", "cluster.workers=4", "cluster.address=a:1"))
+    assert not everything_is_together(ray, carrying), "what lanes carry goes by Ray"

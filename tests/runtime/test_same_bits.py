@@ -61,6 +61,32 @@ def test_by_ray_alone(on_cluster: Make, tiny_run: Any, tmp_path: Path) -> None:
     assert result["test"] == tiny_run.result["test"]
 
 
+def test_a_large_theta_on_a_cluster_of_one_machine(
+    on_cluster: Make, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 8 MB on θ is cut for several aggregators; not where an only one can be called by a line."""
+    from metadist.runtime import aggregation
+    from metadist.runtime.on_ray import OnRay
+
+    large = ("model.width=1500", "model.layers=2", "outer.steps=3", "eval.every=0", "eval.test=false")
+    alone = train(tiny(*large), "large", tmp_path / "alone").result
+    pieces, real = list[int](), OnRay.close
+
+    def close(self: OnRay) -> None:
+        pieces.append(len(self._sums.pieces))
+        real(self)
+
+    monkeypatch.setattr(OnRay, "close", close)
+    here = train(on_cluster(2, *large), "large", tmp_path / "here")
+    monkeypatch.setattr(aggregation, "on_one_machine", lambda *_: False)
+    apart = train(on_cluster(2, *large), "large", tmp_path / "apart")
+    assert pieces == [1, 4]
+    for finished in (here, apart):
+        assert finished.result["theta_sha256"] == alone["theta_sha256"]
+        kept = (finished.folder / "config.yaml").read_text()
+        assert "aggregators: auto" in kept, "what is kept does not depend on where it ran"
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_any_number_of_workers(workers: int, on_cluster: Make, tiny_run: Any, tmp_path: Path) -> None:
     result = train(on_cluster(workers), "tiny", tmp_path / "run").result
