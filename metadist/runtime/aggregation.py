@@ -241,6 +241,14 @@ class Aggregation:
             self._line = Line.to(self.ray, self._actors[0], address)
         return self._line is not None
 
+    def why_by_ray(self) -> str:
+        """What keeps the aggregator from being called by a line, in words."""
+        if self._tree:
+            return "sums are added on their node first (cluster.sums: tree)"
+        if len(self._actors) > 1:
+            return f"there are {len(self._actors)} aggregators (cluster.aggregators)"
+        return "the aggregator shares no memory with the driver (another machine, container or user)"
+
     @property
     def published(self) -> Published:
         """θ_t in shared memory; waits until it is there. Raises AggregatorLost."""
