@@ -26,7 +26,7 @@ from metadist.engine.device import keep_all_memory
 from metadist.engine.engine import Blueprint
 from metadist.runtime import aggregator, combiner
 from metadist.runtime.aggregator import Position, Report, Snapshot, Sum, joined
-from metadist.runtime.cluster import first_line, on_one_machine
+from metadist.runtime.cluster import first_line, on_one_machine, workers_on_a_host
 from metadist.runtime.combiner import Gathered
 from metadist.runtime.cut import cut, topology
 from metadist.runtime.line import Address, Broken, Line, Reached
@@ -101,7 +101,7 @@ class Aggregation:
     def __init__(self, ray: Any, config: Config, blueprint: Blueprint, run: str | None, say: Say) -> None:
         self.ray, self.config, self.say = ray, config, say
         self.blueprint = blueprint
-        self._way = topology(config.cluster, blueprint, everything_is_together(ray, config))
+        self._way = topology(config.cluster, blueprint, crowd(ray, config))
         self.pieces = cut(blueprint, self._way.aggregators)
         self._run = run if config.cluster.linger else None
         self._linger = config.cluster.linger if self._run is not None else None
@@ -396,10 +396,12 @@ class Aggregation:
         return self.ray.remote(Combiner).options(num_cpus=0, max_restarts=0, scheduling_strategy=there).remote(None)
 
 
-def everything_is_together(ray: Any, config: Config) -> bool:
-    """Whether the rule of auto is that of one machine: our own cluster, or one on which there will be lines."""
+def crowd(ray: Any, config: Config) -> float:
+    """Of a run's workers on a host, for the rule of auto (`cut.py`); 0: all on the driver's machine."""
     lines = config.cluster.lines and not config.outer.remembers and sys.platform.startswith("linux")
-    return config.cluster.address == "local" or (lines and on_one_machine(ray, config.cluster))
+    if config.cluster.address == "local" or (lines and on_one_machine(ray, config.cluster)):
+        return 0
+    return workers_on_a_host(ray, config.cluster)
 
 
 def _joined(reports: Sequence[Report]) -> Report:
