@@ -59,7 +59,7 @@ class Scenario(NamedTuple):
 
 
 def run(say: Callable[[str], None]) -> list[Row]:
-    """The suite; some four minutes."""
+    """The suite; some six minutes."""
     rows: list[Row] = []
     if importlib.util.find_spec("ray") is None:
         say("without Ray the cost of aggregation on one machine is not measured")
