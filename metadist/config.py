@@ -265,7 +265,7 @@ class Cluster(Tree):
     sums: Literal["auto", "flat", "tree"] = Field(
         "auto",
         description="flat: workers' sums go straight to the aggregators; tree: they are added on each node first; "
-        "auto: tree for 1 GB of sums or more a step. Both autos are 1 and flat on a local cluster",
+        "auto: tree from 100 MB of sums a step and 4 workers a host on. Both autos are 1 and flat on one machine",
     )
     lines: bool = Field(
         True,

@@ -344,6 +344,7 @@ def _result(config: Config, tables: list[Table], runtime: Runtime, trainer: Trai
         "duplicates_dropped": counts.duplicates,
         "workers": config.cluster.most,
         "shards_by_worker": counts.shards,
+        "transport": counts.transport and counts.transport._asdict(),
         "device": config.engine.device,
         "gpus": config.cluster.most * float(config.cluster.gpus),
         "hardware": runtime.hardware,

@@ -38,12 +38,14 @@ long as the quickest ones; the mean stays."""
 class Costs(NamedTuple):
     """Seconds. shards: times to replay; call: of the driver's, for a call and its receipt;
     hop: until a message is there;
-    add: of an element of a sum; move: of an element, in the outer step; wire: of a byte."""
+    add: of an element of a sum; copy: of one that a combiner writes for others to read; move: of an element, in the
+    outer step; wire: of a byte."""
 
     shards: Sequence[float]
     call: float
     hop: float
     add: float
+    copy: float
     move: float
     wire: float
 
@@ -202,7 +204,9 @@ class Simulation:
             asked = self.driver.serve(self.now, self.costs.call) + self.costs.hop
             gathered, *sums = self.combiners[node].collect(step, 0, len(self.pieces))
             assert set(gathered.shards) == expected, "nothing is lost here"
-            self._send(step, gathered.shards, node, max(asked, self._combining[node].free), sums)
+            elements = sum(piece.sums for piece in self.pieces)
+            ready = self._combining[node].serve(asked, elements * self.costs.copy)
+            self._send(step, gathered.shards, node, ready, sums)
         self._there.clear()
 
     def _apply(self, step: int) -> None:

@@ -11,6 +11,7 @@ driver, and one that resumes the run finds them. Without a driver they end after
 """
 
 import contextlib
+import sys
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -25,7 +26,7 @@ from metadist.engine.device import keep_all_memory
 from metadist.engine.engine import Blueprint
 from metadist.runtime import aggregator, combiner
 from metadist.runtime.aggregator import Position, Report, Snapshot, Sum, joined
-from metadist.runtime.cluster import first_line
+from metadist.runtime.cluster import first_line, on_one_machine, workers_on_a_host
 from metadist.runtime.combiner import Gathered
 from metadist.runtime.cut import cut, topology
 from metadist.runtime.line import Address, Broken, Line, Reached
@@ -122,8 +123,8 @@ class Aggregation:
     def __init__(self, ray: Any, config: Config, blueprint: Blueprint, run: str | None, say: Say) -> None:
         self.ray, self.config, self.say = ray, config, say
         self.blueprint = blueprint
-        way = topology(config.cluster, blueprint)
-        self.pieces = cut(blueprint, way.aggregators)
+        self._way = topology(config.cluster, blueprint, crowd(ray, config))
+        self.pieces = cut(blueprint, self._way.aggregators)
         self._run = run if config.cluster.linger else None
         self._linger = config.cluster.linger if self._run is not None else None
         self._watch: Watch | None = None
@@ -134,7 +135,7 @@ class Aggregation:
         self._coming: Any = None
         self._held: list[Placed] = []
         self._spaces = Spaces()
-        self._tree = way.tree
+        self._tree = self._way.tree
         self._combiners: dict[str, Any] = {}
         self._there: defaultdict[str, set[int]] = defaultdict(set)
         self._acks: list[Any] = []
@@ -144,6 +145,7 @@ class Aggregation:
     def adopt(self, snapshot: Snapshot | None) -> list[Report]:
         """Take over aggregators that outlived the run's last driver, if they are further than its checkpoint.
 
+        Where their number is auto, as many as there are: for the last driver the rule may have been another.
         Returns the reports of the steps in between; none where there is nothing to take over.
         """
         first = snapshot.step if snapshot else 0
@@ -154,7 +156,7 @@ class Aggregation:
                 for actor in actors:
                     self.ray.kill(actor)
                 continue
-            self._actors = actors
+            self._actors, self.pieces = actors, cut(self.blueprint, len(actors))
             every = [[report for report in position.reports if report.step >= first] for position in found]
             reports = [_joined(parts) for parts in zip(*every, strict=True)]
         if self._actors:
@@ -164,6 +166,7 @@ class Aggregation:
 
     def start(self, snapshot: Snapshot | None) -> None:
         """New aggregators, from a checkpoint or from initial θ."""
+        self.pieces = cut(self.blueprint, self._way.aggregators)  # those that it took over may have been others
         shape, classes = self.blueprint.shape, self.blueprint.classes
         actor, snapshot = self.ray.remote(Aggregator), snapshot and snapshot._replace(lanes=())
         # Names of their own each time: Ray gives a killed actor's name free only when its process is gone.
@@ -234,7 +237,8 @@ class Aggregation:
         died with the driver, so the run goes back to before them."""
         steps = {position.step for position in found}
         pieces = {len(found), *(position.pieces for position in found)}
-        if len(steps) != 1 or pieces != {len(self.pieces)}:
+        valid = pieces if self.config.cluster.aggregators == "auto" else {len(self.pieces)}
+        if len(steps) != 1 or len(pieces) != 1 or pieces != valid:
             return False
         (step,) = steps
         every, last = self.config.eval.every, self.config.outer.steps
@@ -260,6 +264,14 @@ class Aggregation:
             address: Address | None = self._heard(lambda: self.ray.get(coming))
             self._line = Line.to(self.ray, self._actors[0], address)
         return self._line is not None
+
+    def why_by_ray(self) -> str:
+        """What keeps the aggregator from being called by a line, in words."""
+        if self._tree:
+            return "sums are added on their node first (cluster.sums: tree)"
+        if len(self._actors) > 1:
+            return f"there are {len(self._actors)} aggregators (cluster.aggregators)"
+        return "the aggregator shares no memory with the driver (another machine, container or user)"
 
     @property
     def published(self) -> Published:
@@ -415,6 +427,14 @@ class Aggregation:
 
         there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
         return self.ray.remote(Combiner).options(num_cpus=0, max_restarts=0, scheduling_strategy=there).remote(None)
+
+
+def crowd(ray: Any, config: Config) -> float:
+    """Of a run's workers on a host, for the rule of auto (`cut.py`); 0: all on the driver's machine."""
+    lines = config.cluster.lines and not config.outer.remembers and sys.platform.startswith("linux")
+    if config.cluster.address == "local" or (lines and on_one_machine(ray, config.cluster)):
+        return 0
+    return workers_on_a_host(ray, config.cluster)
 
 
 def _joined(reports: Sequence[Report]) -> Report:

@@ -114,8 +114,28 @@ def room(ray: Any, cluster: Cluster) -> int:
 def hosts(ray: Any) -> list[dict[str, float]]:
     """What each living host of the cluster has in all, by Ray's names; this process's first."""
     me = ray.get_runtime_context().get_node_id()
-    living = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"] != me)
-    return [node["Resources"] for node in living]
+    return [node["Resources"] for node in sorted(living(ray), key=lambda node: node["NodeID"] != me)]
+
+
+def on_one_machine(ray: Any, cluster: Cluster) -> bool:
+    """Whether the cluster's only host is the driver's machine, and has room for all the workers that a run may have.
+
+    A driver outside (`ray://`) is a member of no host; where it runs, its name says.
+    """
+    there = living(ray)
+    here = len(there) == 1 and there[0]["NodeManagerHostname"] == socket.gethostname()
+    return here and room(ray, cluster) == cluster.most
+
+
+def workers_on_a_host(ray: Any, cluster: Cluster) -> float:
+    """How many there will be, about: as many on each host that has room for any, if it has."""
+    rooms = [fit for node in living(ray) if (fit := places(node["Resources"], cluster))]
+    return min(cluster.most / len(rooms), max(rooms)) if rooms else cluster.most
+
+
+def living(ray: Any) -> list[dict[str, Any]]:
+    """What Ray knows of each host that is there."""
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def places(host: dict[str, float], cluster: Cluster) -> int:

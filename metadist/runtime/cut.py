@@ -17,8 +17,11 @@ from metadist.engine.compression import Compression
 from metadist.engine.engine import Blueprint
 from metadist.engine.layout import Layout
 
-MANY_BYTES = 10**9
-"""Of all workers' sums of a step: from there on they are added on their nodes first (`sums: auto`)."""
+MANY_BYTES = 10**8
+"""Of all workers' sums of a step: from there on they are added on their hosts first (`sums: auto`),"""
+
+CROWD = 4
+"""if a host has so many workers."""
 
 LARGE_BYTES = 8 * 10**6
 """Of θ: from there on it is cut (`aggregators: auto`)."""
@@ -39,11 +42,14 @@ class Topology:
         return way if self.aggregators == 1 else f"{way}, {self.aggregators} aggregators"
 
 
-def topology(cluster: Cluster, blueprint: Blueprint) -> Topology:
-    """By the keys; where they are auto by the rule that `metadist bench scale` has simulated, the same everywhere."""
-    apart = cluster.address != "local"
-    many = apart and blueprint.compression is None and cluster.most * 8 * blueprint.sums.total >= MANY_BYTES
-    large = apart and 4 * blueprint.values.total >= LARGE_BYTES
+def topology(cluster: Cluster, blueprint: Blueprint, crowd: float) -> Topology:
+    """By the keys; where they are auto by the rule that `metadist bench scale` has simulated.
+
+    crowd: how many workers a host has; 0: all of them are on the driver's machine, where an only aggregator and lines
+    are the quickest.
+    """
+    many = crowd >= CROWD and blueprint.compression is None and cluster.most * 8 * blueprint.sums.total >= MANY_BYTES
+    large = crowd > 0 and 4 * blueprint.values.total >= LARGE_BYTES
     return Topology(
         many if cluster.sums == "auto" else cluster.sums == "tree",
         (PIECES if large else 1) if cluster.aggregators == "auto" else cluster.aggregators,

@@ -23,7 +23,7 @@ from metadist.runtime.cut import assembled
 from metadist.runtime.judging import judge
 from metadist.runtime.lanes import Lanes, carried
 from metadist.runtime.pool import Came, Item, Pool, Shard
-from metadist.runtime.runtime import AggregatorLost, Counts, Later, NotFinite, Say
+from metadist.runtime.runtime import AggregatorLost, Counts, Later, NotFinite, Say, Transport
 from metadist.runtime.timeline import AGGREGATOR
 from metadist.runtime.worker import Receipt
 
@@ -48,6 +48,7 @@ class OnRay:
         self._at: dict[int, str] = {}
         self._recomputed = self._duplicates = self._attempt = self._damages = 0
         self._begun = -1
+        self._transport: Transport | None = None
         # A lane's state is this driver's: it dies with it, and so does the step that the aggregator is at.
         run = None if config.cluster.address == "local" or config.outer.remembers else run
         self._sums = Aggregation(self.ray, config, plan, run, say)
@@ -89,6 +90,7 @@ class OnRay:
     def _hand_out(self) -> None:
         here = not self._lanes.states and self.pool.lined and self._sums.lined
         for name, items in self.pool.dispatcher.assign():
+            self._tell(here)
             step, attempt, _ = items[0]
             shards = [item.shard for item in items if isinstance(item, Shard)]
             if here:
@@ -99,6 +101,23 @@ class OnRay:
             compute = self.pool.actor(name).compute.options(num_returns=2 + len(others) + len(lanes))
             receipt, *sent = compute.remote(first, step, attempt, shards, *others, *lanes)
             self.pool.expect(receipt, name, items, sent)
+
+    def _tell(self, here: bool) -> None:
+        """Say by which way it goes from now on, whenever that changes."""
+        by = "lines" if here else "Ray"
+        if self._transport is None or self._transport.by != by:
+            self._transport = Transport(by, "all of them are on this machine" if here else self._why_by_ray())
+            self.say(f"workers and the aggregator talk by {by}: {self._transport.why}")
+
+    def _why_by_ray(self) -> str:
+        """The first reason why there are no lines that a person can do something about."""
+        outer = self.config.outer
+        carries = "outer.local" if outer.local else f"outer.compression={outer.compression}"
+        return (
+            self.pool.why_by_ray()
+            or (f"{carries} carries something from step to step" if self._lanes.states else None)
+            or self._sums.why_by_ray()
+        )
 
     def finish(self, step: int) -> None:
         dispatcher = self.pool.dispatcher
@@ -256,7 +275,7 @@ class OnRay:
         return self.pool.size
 
     def counts(self) -> Counts:
-        return Counts(self.pool.by_process(self._shards), self._recomputed, self._duplicates)
+        return Counts(self.pool.by_process(self._shards), self._recomputed, self._duplicates, None, self._transport)
 
     def close(self) -> None:
         self.pool.close()

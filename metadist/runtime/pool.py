@@ -6,6 +6,7 @@ What is asked, and what becomes of the answers, is the strategy's (`on_ray.py`, 
 import math
 import os
 import socket
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -191,6 +192,20 @@ class Pool:
     def lined(self) -> bool:
         """Whether there is a line to every one of them."""
         return bool(self.lines) and self.lines.keys() >= self.dispatcher.held.keys()
+
+    def why_by_ray(self) -> str | None:
+        """What keeps one of them from being called by a line, in words."""
+        if not self.config.cluster.lines:
+            return "cluster.lines=false"
+        if not sys.platform.startswith("linux"):
+            return "lines need Linux"
+        name = next((name for name in self.dispatcher.held if name not in self.lines), None)
+        if name is None:
+            return None
+        _, _, host = self.places[name].partition("@")
+        if host != socket.gethostname():
+            return f"worker {self.called[name]} is on another machine"
+        return f"worker {self.called[name]} shares no memory with the driver (another container, another user)"
 
     def by_process(self, counts: Mapping[str, int]) -> dict[str, int]:
         """What is counted by worker, by the process that it was, the dead ones among them."""

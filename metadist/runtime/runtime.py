@@ -33,18 +33,26 @@ class NotFinite(MetadistError):
         self.step, self.shard = step, shard
 
 
+class Transport(NamedTuple):
+    """How driver, workers and aggregator talk: by `lines` (`line.py`) or by `Ray`, and why, in words."""
+
+    by: str
+    why: str
+
+
 class Counts(NamedTuple):
     """What happened so far, for progress and result.
 
     shards: by worker, as `PID` on the driver's host, `PID@HOST` on others; recomputed: shards
     computed more than once; duplicates: results dropped; staleness: of async, how many outer steps
-    the newest one's gradients were late, their mean.
+    the newest one's gradients were late, their mean; transport: now, where it is one or the other.
     """
 
     shards: dict[str, int]
     recomputed: int
     duplicates: int
     staleness: float | None = None
+    transport: Transport | None = None
 
 
 class Runtime(Protocol):

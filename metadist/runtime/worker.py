@@ -27,7 +27,7 @@ from metadist.engine.hardware import hardware
 from metadist.engine.sweep import Setting
 from metadist.errors import RunError
 from metadist.runtime.aggregator import Broadcast, sealed
-from metadist.runtime.cut import assembled, cut, gathered_exponents, topology
+from metadist.runtime.cut import assembled, cut, gathered_exponents
 from metadist.spans import Span
 
 
@@ -134,9 +134,9 @@ class Worker:
         one behind the other. Nothing is computed from a broadcast of another step. into: int64 [total], where the only
         sum is to lie.
         """
-        pieces = cut(self.engine.blueprint, topology(self.config.cluster, self.engine.blueprint).aggregators)
-        broadcasts: tuple[Broadcast, ...] = (broadcast, *others[: len(pieces) - 1])
-        lanes: tuple[Lane, ...] = others[len(pieces) - 1 :]
+        broadcasts = broadcast, *(other for other in others if isinstance(other, Broadcast))
+        lanes: tuple[Lane, ...] = others[len(broadcasts) - 1 :]
+        pieces = cut(self.engine.blueprint, len(broadcasts))
         none = np.zeros(0, dtype=np.int64)
         if any((one.step, one.attempt) != (step, attempt) for one in broadcasts):
             return Receipt(os.getpid(), (), (), (), False, ()), *(none for _ in pieces), *lanes

@@ -10,7 +10,7 @@ from metadist.runtime import aggregation, aggregator, combiner, dispatcher, pool
 from metadist.runtime.cut import Topology, cut
 
 HALF = SIZES[1]
-COSTS = Costs(shards=(0.1, 0.2), call=1e-3, hop=1e-3, add=1e-9, move=1e-8, wire=1e-9)
+COSTS = Costs(shards=(0.1, 0.2), call=1e-3, hop=1e-3, add=1e-9, copy=1e-9, move=1e-8, wire=1e-9)
 
 
 def simulation(topology: Topology = TOPOLOGIES[0], workers: int = 20, costs: Costs = COSTS) -> Simulation:
@@ -45,7 +45,7 @@ def test_bytes_are_those_of_the_real_sums(topology: Topology) -> None:
 
 
 def test_workers_are_the_speed_while_nothing_else_costs() -> None:
-    free = Costs(shards=(0.1,), call=0.0, hop=0.0, add=0.0, move=0.0, wire=0.0)
+    free = Costs(shards=(0.1,), call=0.0, hop=0.0, add=0.0, copy=0.0, move=0.0, wire=0.0)
     few, many = (simulation(workers=workers, costs=free).run(6).steps for workers in (1, 16))
     assert 2 < few < 10, "two shards of 0.1 s on average"
     assert 0.2 * few < many < few, "as much work for each, and all wait for the slowest"

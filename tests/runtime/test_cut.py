@@ -1,6 +1,8 @@
 """θ in pieces: every tensor in one of them, and the same bits as whole."""
 
+import socket
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from metadist.config import Config, resolve, validate
 from metadist.engine.engine import Blueprint
+from metadist.runtime.aggregation import crowd
 from metadist.runtime.aggregator import Aggregator, Snapshot, joined, sealed
 from metadist.runtime.combiner import Combiner
 from metadist.runtime.cut import Topology, assembled, cut, gathered_exponents, topology
@@ -171,17 +174,57 @@ def test_the_sum_of_a_node_holds_every_shard_once(calls: list[list[int]], random
         assert combiner.collect(3, 0, 2)[0].shards == tuple(again)
 
 
+LARGE, SMALL = ({"name": "resnet12"}, (3, 84, 84)), ({}, (1, 28, 28))
+
+
 @pytest.mark.parametrize(
-    ("model", "image", "cluster", "expected"),
+    ("network", "cluster", "crowd", "expected"),
     [
-        ({}, (1, 28, 28), {"workers": 1000}, Topology()),
-        ({}, (1, 28, 28), {"workers": 2000}, Topology(tree=True)),
-        ({"name": "resnet12"}, (3, 84, 84), {"workers": 4}, Topology(aggregators=4)),
-        ({"name": "resnet12"}, (3, 84, 84), {"workers": 16}, Topology(True, 4)),
-        ({"name": "resnet12"}, (3, 84, 84), {"workers": 16, "address": "local"}, Topology()),
-        ({"name": "resnet12"}, (3, 84, 84), {"workers": 16, "sums": "flat", "aggregators": 2}, Topology(False, 2)),
+        (SMALL, {"workers": 100}, 8, Topology()),
+        (SMALL, {"workers": 200}, 8, Topology(tree=True)),
+        (SMALL, {"workers": 200}, 3.9, Topology()),
+        (LARGE, {"workers": 4}, 1, Topology(aggregators=4)),
+        (LARGE, {"workers": 4}, 4, Topology(True, 4)),
+        (LARGE, {"workers": 64}, 1, Topology(aggregators=4)),
+        (LARGE, {"workers": 64}, 8, Topology(True, 4)),
+        (LARGE, {"workers": 64}, 0, Topology()),
+        (LARGE, {"workers": 64, "sums": "flat", "aggregators": 2}, 8, Topology(False, 2)),
+        (LARGE, {"workers": 64, "sums": "tree", "aggregators": 2}, 0, Topology(True, 2)),
     ],
 )
-def test_where_sums_go_by_the_size_of_theta(model, image, cluster, expected) -> None:  # type: ignore[no-untyped-def]
+def test_where_sums_go(network, cluster, crowd, expected) -> None:  # type: ignore[no-untyped-def]
+    """By the size of θ, the workers, and how many of them a host has."""
+    model, image = network
     config = validate({"model": model, "cluster": {"address": "auto", **cluster}}, "test")
-    assert topology(config.cluster, Blueprint(config, image)) == expected
+    assert topology(config.cluster, Blueprint(config, image), crowd) == expected
+
+
+@pytest.mark.parametrize(
+    ("hosts", "cluster", "expected"),
+    [
+        ([("here", 4)], {}, 0),
+        ([("here", 4)], {"workers": {"min": 1, "max": 4}}, 0),
+        ([("here", 4)], {"workers": {"min": 1, "max": 8}}, 4),
+        ([("here", 4), ("there", 4)], {}, 2),
+        ([("here", 0), ("there", 4)], {}, 4),
+        ([("here", 0), ("there", 64), ("elsewhere", 64)], {"workers": 32}, 16),
+        ([("there", 4)], {}, 4),
+        ([("here", 4), ("dead", 4)], {}, 0),
+        ([("here", 4)], {"lines": False}, 4),
+        ([("there", 4), ("elsewhere", 4)], {"address": "local"}, 0),
+        ([("here", 0)], {}, 4),
+    ],
+    ids=lambda value: str(value).replace("'", ""),
+)
+def test_how_many_workers_share_a_host(  # type: ignore[no-untyped-def]
+    hosts, cluster, expected, tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the hosts of the cluster and the CPUs of each; 0 where lines go, for an elastic run if all will fit."""
+    told = [{"Alive": name != "dead", "NodeManagerHostname": name, "Resources": {"CPU": cpus}} for name, cpus in hosts]
+    total = {"CPU": float(sum(cpus for name, cpus in hosts if name != "dead"))}
+    ray = SimpleNamespace(nodes=lambda: told, cluster_resources=lambda: total)
+    monkeypatch.setattr(socket, "gethostname", lambda: "here")
+    config = resolve(validate({"cluster": {"address": "a:1", "workers": 4, **cluster}}, "test"))
+    assert crowd(ray, config) == expected
+    carrying = resolve(tiny("outer.compression=int8", "cluster.workers=4", "cluster.address=a:1"))
+    assert crowd(ray, carrying) > 0, "what lanes carry goes by Ray"

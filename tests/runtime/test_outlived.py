@@ -79,6 +79,17 @@ def test_in_other_pieces_than_before_it_begins_at_the_checkpoint(
 
 
 @pytest.mark.chaos
+def test_auto_goes_on_in_as_many_pieces_as_there_are(
+    killed: Callable[..., Path], long_hash: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where the last driver was, the rule may have been another."""
+    result, said = gone_on(killed("cluster.aggregators=2"), capfd, aggregators="auto")
+    assert "the aggregator outlived its driver; going on from step" in said
+    assert result["theta_sha256"] == long_hash
+    assert result["steps_recomputed"] == 0
+
+
+@pytest.mark.chaos
 def test_a_validation_that_died_with_the_driver_is_made_again(
     killed: Callable[..., Path], tiny: Callable[..., Any], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,9 +9,12 @@ import pytest
 
 from metadist.config import Config, resolve
 from metadist.data.sources import prepare
-from metadist.engine.engine import Engine
+from metadist.engine.engine import Engine, blueprint
 from metadist.runtime import pool
+from metadist.runtime.aggregation import Aggregation
 from metadist.runtime.aggregator import Aggregator, sealed
+from metadist.runtime.lanes import Lanes, carried
+from metadist.runtime.on_ray import OnRay
 from metadist.runtime.pool import Asked, Pool, Shard, Worker
 from metadist.runtime.sharing import Board, Outbox, Published, Spaces
 from metadist.tasks.episode import Episode
@@ -116,3 +119,41 @@ def test_tasks_are_drawn_ahead_where_a_step_begins_as_the_last_did(tiny: Make, m
     wrong = [(3, 0), (3, 1), (5, 2)]
     asked = [(step, shard) for step, shards in enumerate(begins) for shard in (*shards, 3)]
     assert sorted(drawn) == sorted(asked + wrong)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "place", "pieces", "why"),
+    [
+        (("cluster.lines=false",), "1@far", 2, "cluster.lines=false"),
+        (("cluster.sums=tree",), "1@far", 2, "worker 1@far is on another machine"),
+        (("cluster.sums=tree",), "1@here", 2, "worker 1@here shares no memory with the driver (another container"),
+        (("outer.compression=int8",), None, 2, "outer.compression=int8 carries something from step to step"),
+        (("cluster.sums=tree",), None, 2, "sums are added on their node first (cluster.sums: tree)"),
+        ((), None, 2, "there are 2 aggregators (cluster.aggregators)"),
+        ((), None, 1, "the aggregator shares no memory with the driver"),
+    ],
+    ids=lambda value: value[0].partition(".")[2] if isinstance(value, tuple) and value else None,
+)
+def test_why_it_goes_by_ray(  # type: ignore[no-untyped-def]
+    overrides, place, pieces, why, tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said when it begins, and no second time; place: of a worker that has no line."""
+    monkeypatch.setattr(pool.socket, "gethostname", lambda: "here")
+    config, said = resolve(tiny("cluster.workers=2", *overrides)), list[str]()
+    plan = blueprint(config, [prepare(source) for source in config.data.sources])
+    run = object.__new__(OnRay)
+    run.config, run.say, run._transport = config, said.append, None
+    run.pool, run._sums = Pool(None, config, [], print, lambda name: []), Aggregation(None, config, plan, None, print)
+    run._lanes = Lanes(carried(config, None))
+    run._sums._actors = ["actor"] * pieces
+    run.pool.dispatcher.join("worker-0")
+    if place:
+        run.pool.places["worker-0"] = run.pool.called["worker-0"] = place
+    else:
+        run.pool.lines["worker-0"] = None  # type: ignore[assignment]
+    for _ in range(2):
+        run._tell(False)
+    assert len(said) == 1
+    assert said[0].startswith(f"workers and the aggregator talk by Ray: {why}")
+    run._tell(True)
+    assert said[1:] == ["workers and the aggregator talk by lines: all of them are on this machine"]

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def on_cluster(tiny: Make, cluster: Any) -> Make:
 
 
 def test_now_by_lines_now_by_ray(
-    on_cluster: Make, tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    on_cluster: Make, tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Calls and sums of one step go either way, as where a worker on another machine comes and goes."""
     from metadist.runtime.pool import Pool
@@ -48,6 +49,9 @@ def test_now_by_lines_now_by_ray(
     monkeypatch.setattr(Pool, "lined", property(some))
     result = train(on_cluster(2), "tiny", tmp_path / "run").result
     assert {True, False} == set(ways)
+    said = [line.split("talk by ")[1] for line in capsys.readouterr().err.splitlines() if "talk by" in line]
+    assert {line.partition(":")[0] for line in said} == {"lines", "Ray"}
+    assert all(before != after for before, after in pairwise(said)), "once for each change"
     assert result["theta_sha256"] == tiny_run.result["theta_sha256"]
     assert result["duplicates_dropped"] == result["shards_recomputed"] == 0
     assert sum(result["shards_by_worker"].values()) == 12 * 4
@@ -57,8 +61,20 @@ def test_now_by_lines_now_by_ray(
 def test_by_ray_alone(on_cluster: Make, tiny_run: Any, tmp_path: Path) -> None:
     """Without lines."""
     result = train(on_cluster(2, "cluster.lines=false"), "tiny", tmp_path / "run").result
+    assert result["transport"] == {"by": "Ray", "why": "cluster.lines=false"}
     assert result["theta_sha256"] == tiny_run.result["theta_sha256"]
     assert result["test"] == tiny_run.result["test"]
+
+
+def test_a_large_theta_on_a_cluster_of_one_machine(on_cluster: Make, tiny: Make, tmp_path: Path) -> None:
+    """Of 8 MB or more: by auto it is cut for several aggregators, but not where an only one is called by a line."""
+    large = ("model.width=1500", "model.layers=2", "outer.steps=3", "eval.every=0", "eval.test=false")
+    alone = train(tiny(*large), "large", tmp_path / "alone").result
+    finished = train(on_cluster(2, *large), "large", tmp_path / "here")
+    assert finished.result["transport"] == {"by": "lines", "why": "all of them are on this machine"}
+    assert finished.result["theta_sha256"] == alone["theta_sha256"]
+    assert alone["transport"] is None, "one process"
+    assert "aggregators: auto" in (finished.folder / "config.yaml").read_text(), "wherever it ran"
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.chaos), 3])
