@@ -71,14 +71,14 @@ class OuterStep:
     ) -> None:
         self.at, self.layout = at or (lambda step: outer), Layout.of(theta)
         flat = self.layout.flatten(theta).detach()
-        padded = torch.zeros(-(-len(flat) // ROUND) * ROUND, dtype=flat.dtype, device=flat.device)
+        self._on_cpu = flat.device.type == "cpu"
+        padded, self._gradient = self._zeros(flat), self._zeros(flat)
         self.flat = padded[: len(flat)]
         self.flat.copy_(flat)
         self.theta = self.layout.split(self.flat)
-        self._gradient = torch.zeros_like(padded)
         self._squares = Block(len(flat), np.float64)
+        self._together = False
         # A GPU has no cache to speak of, and pays for every call.
-        self._on_cpu = flat.device.type == "cpu"
         self._block = BLOCK if self._on_cpu else max(1, len(padded))
         self._blocks = [block.requires_grad_() for block in torch.split(padded, self._block)]
         for block, gradient in zip(self._blocks, torch.split(self._gradient, self._block), strict=True):
@@ -141,7 +141,35 @@ class OuterStep:
                 out[at].copy_(theta)
             return not len(theta) or all(math.isfinite(end) for end in theta.aminmax())  # NaN is both ends
 
-        return all(self._each(self._groups, moved))
+        finite = self._each(self._groups, moved)
+        self._put_memory_together()
+        return all(finite)
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        """For every element of θ and what it is padded with."""
+        size = -(-self.layout.total // ROUND) * ROUND
+        if not self._on_cpu:
+            return torch.zeros(size, dtype=like.dtype, device=like.device)
+        # Numpy asks the kernel for large pages, by which a pass takes half to two thirds of the time; torch does not.
+        return torch.from_numpy(np.zeros(size, like[:0].numpy().dtype))
+
+    def _put_memory_together(self) -> None:
+        """What the optimizers remember of θ's elements: in one buffer, once they have made it."""
+        states = [
+            optimizer.state[block] for optimizer, _ in self._groups for block in optimizer.param_groups[0]["params"]
+        ]
+        if self._together or not states[0]:
+            return
+        for key in [key for key, value in states[0].items() if self._of_elements(value)]:
+            whole = self._zeros(self.flat)
+            for state, part in zip(states, torch.split(whole, self._block), strict=True):
+                part.copy_(state[key])
+                state[key] = part
+        self._together = True
+
+    def _of_elements(self, value: object) -> bool:
+        """Whether it is the memory of a block's elements."""
+        return torch.is_tensor(value) and value.shape == self._blocks[0].shape
 
     def _each(self, items: Sequence[Item], work: Callable[[Item], Done]) -> list[Done]:
         if not self._on_cpu:
@@ -156,7 +184,7 @@ class OuterStep:
         for key, value in slots[0].items() if slots else ():
             if value is None:
                 continue
-            if torch.is_tensor(value) and value.shape == self._blocks[0].shape:
+            if self._of_elements(value):
                 whole = torch.cat([slot[key] for slot in slots])[: self.layout.total].cpu()
                 found |= {f"{key}.{name}": part for name, part in self.layout.unflatten(whole).items()}
             else:  # the same of all blocks
@@ -176,6 +204,8 @@ class OuterStep:
             groups = optimizer.state_dict()["param_groups"]
             state = dict(enumerate(islice(left, len(groups[0]["params"])))) if memory else {}
             optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._together = False
+        self._put_memory_together()
 
 
 def _optimizer(outer: Optimizer, blocks: Sequence[Tensor]) -> torch.optim.Optimizer:
