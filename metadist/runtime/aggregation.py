@@ -300,9 +300,13 @@ class Aggregation:
     def _rest(self) -> None:
         """Calls by Ray come after those by the line."""
         if self._line is not None:
-            if held := self._handed_over():
-                self._line.tell("add_here", held)
+            self.hand_over()
             self._heard(self._line.settle)
+
+    def hand_over(self) -> None:
+        """Have the sums added that are held, as where one who made them is gone: its memory is soon let go of."""
+        if self._line is not None and self._held:
+            self._line.tell("add_here", self._handed_over())
 
     def _handed_over(self) -> list[Placed]:
         """The sums that were held, once."""
@@ -339,7 +343,7 @@ class Aggregation:
         if self._line is not None and isinstance(sums[0], Shared):
             self._held.append(Placed(step, attempt, shards, sums[0], seals[0]))
             if len(self._held) > TOGETHER and sum(one.shared.bytes for one in self._held) > SMALL:
-                self._line.tell("add_here", self._handed_over())
+                self.hand_over()
             return
         self._rest()
         for actor, one, seal in zip(self._actors, sums, seals, strict=True):

@@ -192,6 +192,7 @@ class OnRay:
 
     def _left(self, name: str) -> Sequence[Item]:
         """What is computed again because a worker is gone."""
+        self._sums.hand_over()
         lost = self.pool.dispatcher.leave(name)
         self._recomputed += sum(isinstance(item, Shard) for item in lost)
         return lost

@@ -11,12 +11,13 @@ from metadist.config import Config, resolve
 from metadist.data.sources import prepare
 from metadist.engine.engine import Engine, blueprint
 from metadist.runtime import pool
-from metadist.runtime.aggregation import Aggregation
+from metadist.runtime.aggregation import SMALL, TOGETHER, Aggregation, Placed
 from metadist.runtime.aggregator import Aggregator, sealed
 from metadist.runtime.lanes import Lanes, carried
 from metadist.runtime.on_ray import OnRay
 from metadist.runtime.pool import Asked, Pool, Shard, Worker
-from metadist.runtime.sharing import Board, Outbox, Published, Spaces
+from metadist.runtime.sharing import Board, Outbox, Published, Shared, Spaces
+from metadist.runtime.worker import Receipt
 from metadist.tasks.episode import Episode
 
 Make = Callable[..., Config]
@@ -157,3 +158,66 @@ def test_why_it_goes_by_ray(  # type: ignore[no-untyped-def]
     assert said[0].startswith(f"workers and the aggregator talk by Ray: {why}")
     run._tell(True)
     assert said[1:] == ["workers and the aggregator talk by lines: all of them are on this machine"]
+
+
+class Told:
+    """A line that keeps what goes by it."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def tell(self, *call: Any) -> None:
+        self.calls.append(call)
+
+    def call(self, *call: Any) -> int:
+        self.calls.append(call)
+        return 0
+
+    def settle(self) -> None:
+        self.calls.append(("settled",))
+
+    def close(self) -> None:
+        self.calls.clear()
+
+
+def test_sums_wait_for_the_outer_step(tiny: Make) -> None:
+    """Few or small ones, and not when their worker is gone, with which its memory may go; each is sent once."""
+    config = resolve(tiny("cluster.workers=2"))
+    plan = blueprint(config, [prepare(source) for source in config.data.sources])
+    run, line = object.__new__(OnRay), Told()
+    run.pool, run._recomputed = Pool(None, config, [], print, lambda name: []), 0
+    run._sums = sums = Aggregation(None, config, plan, None, print)
+    sums._line, sums._published = line, lambda: None  # type: ignore[assignment, return-value]
+
+    def add(shard: int, size: int) -> Placed:
+        shared = Shared(1, 2, 3, size, "<i8", size // 8)
+        sums.add(7, 0, Receipt(1, (shard,), (), (), True, (shard,)), [shared], "node")
+        return Placed(7, 0, (shard,), shared, shard)
+
+    def told() -> list[tuple[Any, ...]]:
+        calls, line.calls = line.calls, []
+        return calls
+
+    small = [add(shard, 64) for shard in range(12)]
+    assert told() == []
+    sums.apply(7)
+    assert told() == [("apply_here", small, 7)]
+    sums.apply(8)
+    assert told() == [("apply_here", [], 8)], "once"
+    large = [add(shard, SMALL // 4) for shard in range(TOGETHER)]
+    assert told() == []
+    large.append(add(TOGETHER, SMALL // 4))
+    assert told() == [("add_here", large)]
+    gone = [add(9, 64)]
+    run.pool.dispatcher.join("worker-0")
+    run._left("worker-0")
+    assert told() == [("add_here", gone)]
+    held = [add(1, 64)]
+    sums.redo(7, 0, [2])
+    assert told() == [("redo_here", held, 7, 0, [2])]
+    held = [add(1, 64)]
+    sums._rest()
+    assert told() == [("add_here", held), ("settled",)], "what is called by Ray comes after them"
+    add(2, 64)
+    sums.end()
+    assert sums._held == [], "of another aggregator"
