@@ -155,11 +155,11 @@ class OuterStep:
 
     def _put_memory_together(self) -> None:
         """What the optimizers remember of θ's elements: in one buffer, once they have made it."""
+        if self._together or not self._groups[0][0].state:
+            return
         states = [
             optimizer.state[block] for optimizer, _ in self._groups for block in optimizer.param_groups[0]["params"]
         ]
-        if self._together or not states[0]:
-            return
         for key in [key for key, value in states[0].items() if self._of_elements(value)]:
             whole = self._zeros(self.flat)
             for state, part in zip(states, torch.split(whole, self._block), strict=True):
