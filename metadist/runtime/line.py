@@ -9,7 +9,6 @@ called by Ray meanwhile has its turn. After `settle` what is called by Ray is do
 import contextlib
 import itertools
 import os
-import pickle
 import select
 import socket
 import struct
@@ -113,7 +112,7 @@ class Reached:
     def _say(self, ticket: int | None, what: Any) -> None:
         assert self._line is not None
         with contextlib.suppress(OSError):  # the driver is gone
-            _send(self._line, (ticket, what))
+            self._line.send((ticket, what))
 
     @property
     def more(self) -> bool:
@@ -136,11 +135,6 @@ def _comes(line: Connection, seconds: float = 0.0) -> bool:
     ready = select.poll()
     ready.register(line.fileno(), select.POLLIN)
     return bool(ready.poll(1000 * seconds))
-
-
-def _send(line: Connection, message: tuple[Any, ...]) -> None:
-    """As `Connection.send`, which looks for what only a child could be given, and takes twice the time for it."""
-    line.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
 
 
 def _user(line: socket.socket) -> int:
@@ -257,7 +251,7 @@ class Line:
             self._serve()
         self._sent += 1
         with contextlib.suppress(OSError):
-            _send(self.connection, (ticket, method, arguments))
+            self.connection.send((ticket, method, arguments))
 
     def _until_there_is_room(self) -> None:
         """Take what the actor says meanwhile: one that has returned to Ray with calls left would leave them there."""
