@@ -1,6 +1,7 @@
 """One cache and at most one Ray cluster for all tests; a tiny run that many of them look at."""
 
 import contextlib
+import functools
 import os
 import secrets
 import shutil
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ import pytest
 import torch
 
 from metadist.config import Config, apply_overrides, to_yaml, validate
+from metadist.engine import cores
 
 TINY: dict[str, Any] = {
     "seed": 1,
@@ -88,6 +91,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large buffers begin at 65 elements. A multiple of the widest vectors, as `BLOCK` is."""
     for module in ("layout", "exact", "outer"):
         monkeypatch.setattr(f"metadist.engine.{module}.BLOCK", 64)
+    # Blocks in threads, also where there is one core.
+    monkeypatch.setattr(cores, "_cores", lambda: 3)
+    monkeypatch.setattr(cores, "_threads", functools.cache(lambda: ThreadPoolExecutor(2)))
 
 
 @pytest.fixture(scope="session")

@@ -19,12 +19,15 @@ Done = TypeVar("Done")
 MOST = 4
 """Threads: what is done here waits for memory before there are more."""
 
+LEAST = 2
+"""Blocks of each: for less it is not worth waking one."""
+
 
 def on_cores(work: Callable[[Item], Done], items: Iterable[Item]) -> list[Done]:
     """What the work returns of every item, in their order. To be called with one thread of torch's (`one_thread`)."""
     todo = deque(enumerate(items))
     done: dict[int, Done] = {}
-    others = min(_cores(), len(todo)) - 1
+    others = min(_cores(), len(todo) // LEAST) - 1
 
     def take() -> None:
         while True:
@@ -34,15 +37,24 @@ def on_cores(work: Callable[[Item], Done], items: Iterable[Item]) -> list[Done]:
                 return
             done[number] = work(item)
 
-    coming = [_threads().submit(take) for _ in range(others)]
+    coming = [_threads().submit(_alone, take) for _ in range(others)]
     try:
         take()
     finally:
+        todo.clear()  # after an error nobody begins another
+        coming = [one for one in coming if not one.cancel()]  # nor waits for who has not begun yet
         if coming:
             wait(coming)
     for one in coming:
         one.result()  # or its error
     return [done[number] for number in range(len(done))]
+
+
+def _alone(take: Callable[[], None]) -> None:
+    """With one thread of torch's, whatever others have set meanwhile."""
+    if torch.get_num_threads() != 1:  # the first time, this also is what makes the next line hold
+        torch.set_num_threads(1)
+    take()
 
 
 @cache
@@ -53,7 +65,7 @@ def _cores() -> int:
 
 @cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_cores() - 1, "blocks", initializer=lambda: torch.set_num_threads(1))
+    return ThreadPoolExecutor(max(1, _cores() - 1), "blocks")
 
 
 if hasattr(os, "register_at_fork"):

@@ -107,16 +107,25 @@ class Engine:
     def _sums(self, theta: dict[str, Tensor], state: dict[str, Tensor], step: int, shard: int) -> dict[str, Tensor]:
         with precision(self.config.engine):
             episodes = self._ahead.pop((step, shard), None) or self._sampled(step, shard)
+            self._ahead = {key: kept for key, kept in self._ahead.items() if key[0] >= step}
             found = self._compute(self.algorithms.at(step), theta, state, episodes, self.tasks.ways, step)
             if self.config.tracking.profile and self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # else its time would be that of whoever waits for it next
             return found
 
     def sample_ahead(self, step: int, shard: int) -> None:
-        """Draw a shard's tasks before it is computed; of another step they are kept no longer."""
-        if self.programs is None and self.config.outer.local is None:  # those draw many, or themselves
-            self._ahead = {key: episodes for key, episodes in self._ahead.items() if key[0] == step}
+        """Draw a shard's tasks before it is computed; when that step has gone by, they are let go of.
+
+        Where there is no memory for them, they are drawn when they are asked for.
+        """
+        if self.programs is not None or self.config.outer.local is not None:  # those draw them themselves, or many
+            return
+        try:
             self._ahead[step, shard] = self._sampled(step, shard)
+        except (MemoryError, RuntimeError) as error:
+            self._ahead.clear()
+            if not out_of_memory(error):
+                raise
 
     def _sampled(self, step: int, shard: int) -> Episode:
         with self.spans.of("sampling"):

@@ -186,24 +186,26 @@ class Adding:
     def __init__(self, total: np.ndarray, sums: Sequence[np.ndarray], fresh: bool) -> None:
         self._total, self._sums, self._fresh = total, sums, fresh
         self._own = Block(total.size, np.int64)
-        self._seals: list[int] = []
+        self._seals: list[list[int]] = []
 
     def block(self, at: slice, kept: bool = True) -> np.ndarray:
         """A block of the new total, once. Unless kept it is not there afterwards, and good until this thread's next."""
         there = self._total[at] if kept else self._own.array[: at.stop - at.start]
-        found = None if self._fresh else self._total[at]
+        found, seals = None if self._fresh else self._total[at], list[int]()
         for q in self._sums:
-            found = q[at] if found is None else np.add(found, q[at], out=there)
+            part = q[at]
+            seals.append(seal_of(part))  # which brings it into the cache
+            found = part if found is None else np.add(found, part, out=there)
         assert found is not None, "a sum of something"
         if kept and found is not there:
             there[:] = found
-        self._seals.append(seal_of(found))
+        self._seals.append(seals)
         return found
 
     @property
-    def seal(self) -> int:
-        """Of the blocks that were read."""
-        return seal_of_all(self._seals)
+    def seals(self) -> list[int]:
+        """Of each sum, in the blocks that were read."""
+        return [seal_of_all(each) for each in zip(*self._seals, strict=True)]
 
 
 class Means:

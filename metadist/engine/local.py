@@ -32,7 +32,7 @@ def descend(
     """
     local = outer.local
     assert local is not None
-    optimizer = OuterStep(local.model_copy(update={"steps": local.steps * outer.steps}), theta)
+    optimizer = OuterStep(local.model_copy(update={"steps": local.steps * outer.steps}), theta, spread=False)
     if memory:
         optimizer.remember(memory)
     metrics: dict[str, Tensor] = {}

@@ -63,12 +63,17 @@ class OuterStep:
     change no bit.
 
     outer: its keys; with `steps` of them the schedule is at its end. at: those in force in a meta-step, of which rate,
-    clip and weight decay are read. theta: by name, views, which the next step moves.
+    clip and weight decay are read. theta: by name, views, which the next step moves. spread: the work over all cores.
     """
 
     def __init__(
-        self, outer: Optimizer, theta: Mapping[str, Tensor], at: Callable[[int], Optimizer] | None = None
+        self,
+        outer: Optimizer,
+        theta: Mapping[str, Tensor],
+        at: Callable[[int], Optimizer] | None = None,
+        spread: bool = True,
     ) -> None:
+        self._spread = spread
         self.at, self.layout = at or (lambda step: outer), Layout.of(theta)
         flat = self.layout.flatten(theta).detach()
         self._on_cpu = flat.device.type == "cpu"
@@ -175,7 +180,7 @@ class OuterStep:
         if not self._on_cpu:
             return [work(item) for item in items]
         with one_thread():
-            return on_cores(work, items)
+            return on_cores(work, items) if self._spread else [work(item) for item in items]
 
     def memory(self) -> dict[str, Tensor]:
         """The optimizer's own tensors: `KEY.NAME` for those that are as large as θ, else `KEY`."""

@@ -25,7 +25,6 @@ from metadist.engine.exact import (
     next_exponents,
     quantise,
     seal_of,
-    seal_of_all,
 )
 from metadist.engine.layout import Layout, Run, blocks
 from metadist.engine.outer import Gradient, OuterStep, learning_rate, moved_state, norm_of
@@ -154,7 +153,6 @@ class Aggregator:
     def _open(self, attempt: int) -> None:
         self.attempt, self.duplicates = attempt, 0
         self.added: set[int] = set()  # without any of them the total is of nothing
-        self._seal = 0  # of the total
         self._taken: Taken | None = None
 
     def broadcast(self, out: np.ndarray | None = None) -> Broadcast:
@@ -190,24 +188,24 @@ class Aggregator:
         """Add them, those that have their seals."""
         if self.piece.compression is None:
             # What a sum was may change before it is taken out of the total again: the step's sum begins anew.
-            seals = [seal_of(one.q) if one.seal is None else one.seal for one in sums]
-            whole = self._add([one.q for one in sums], seals, [shard for one in sums for shard in one.shards])
+            whole = self._add(
+                [one.q for one in sums], [one.seal for one in sums], [shard for one in sums for shard in one.shards]
+            )
             return [whole for _ in sums]
         counted = [one.seal is None or one.seal == sealed(one.q) for one in sums]
         for one in (one for one, kept in zip(sums, counted, strict=True) if kept):
             for shard, q in zip(one.shards, self._decompressed(one.q, len(one.shards)), strict=True):
-                self._add([q], [seal_of(q)], [shard])
+                self._add([q], [None], [shard])
         return counted
 
-    def _add(self, sums: Sequence[np.ndarray], seals: Iterable[int], shards: Collection[int]) -> bool:
-        """Add integers of these shards; False where they have not these seals: then nothing is counted any more.
+    def _add(self, sums: Sequence[np.ndarray], seals: Sequence[int | None], shards: Collection[int]) -> bool:
+        """Add integers of these shards; False where one has another seal than it should: then nothing is counted.
 
         The last ones of a step are read as its mean gradient on their way.
         """
         if not sums:
             return True
         adding = Adding(self.total, sums, not self.added)
-        self._seal = seal_of_all((self._seal, *seals)) if self.added else seal_of_all(seals)
         self.added.update(shards)
         if len(self.added) == self.shards:
             kept = self.keys.at(self.step).clip is not None  # what is clipped is read once more
@@ -218,7 +216,7 @@ class Aggregator:
         else:
             with one_thread():
                 on_cores(adding.block, blocks(self.total.size))
-        if adding.seal != self._seal:
+        if any(expected not in (None, found) for expected, found in zip(seals, adding.seals, strict=True)):
             self.added.clear()
             self._taken = None
             return False

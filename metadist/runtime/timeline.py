@@ -64,9 +64,14 @@ class Timeline:
         self._found[process].extend(spans)
 
     def call(self, worker: str, asked: float, spans: tuple[Span, ...], came: float) -> None:
-        """What a worker tells of a call: when it was asked, and when its answer came, as of `now` here."""
-        if spans:
-            begin, end = min(span.begin for span in spans), max(span.end for span in spans)
+        """What a worker tells of a call: when it was asked, and when its answer came, as of `now` here.
+
+        What it did ahead, before it was asked, is no part of the call. By then its stretch is most often accounted for,
+        as the waiting that it filled.
+        """
+        own = [span for span in spans if span.end > asked]
+        if own:
+            begin, end = max(asked, min(span.begin for span in own)), max(span.end for span in own)
             there, back = Span("transfer", asked, begin), Span("transfer", end, came)
             self._found[worker].extend((there, *spans, back))
 

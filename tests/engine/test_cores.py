@@ -52,11 +52,38 @@ def test_an_error_comes_through_when_nothing_runs_any_more(threads):
     assert on_cores(lambda item: item, range(3)) == [0, 1, 2]
 
 
-def test_a_thread_has_one_of_torchs_as_its_caller(threads):
+def test_a_thread_has_one_of_torchs_whatever_others_set(threads):
+    """torch gives a thread its number when it first computes there: that of the whole process by then."""
     before = torch.get_num_threads()
-    with one_thread():
-        assert set(on_cores(lambda _: time.sleep(0.001) or torch.get_num_threads(), range(20))) == {1}
-    assert torch.get_num_threads() == before
+    torch.set_num_threads(4)
+    try:
+        with one_thread():
+            on_cores(lambda _: time.sleep(0.001), range(20))  # nothing of torch's yet
+
+        def asked(_):
+            time.sleep(0.001)
+            return threading.current_thread().name, torch.get_num_threads()
+
+        found = dict(on_cores(asked, range(40)))
+        assert found.pop(threading.current_thread().name) == 4
+        assert list(found.values()) == [1] * (threads - 1)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_nobody_waits_for_a_thread_that_has_not_begun(monkeypatch):
+    monkeypatch.setattr(cores, "_cores", lambda: 2)
+    cores._threads.cache_clear()
+    busy, go = threading.Event(), threading.Event()
+    kept = [cores._threads().submit(lambda: (busy.set(), go.wait(20))) for _ in range(cores._threads()._max_workers)]
+    assert busy.wait(20)
+    try:
+        assert on_cores(lambda item: item, range(8)) == list(range(8))
+    finally:
+        go.set()
+        for one in kept:
+            one.result()
+        cores._threads.cache_clear()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks here")

@@ -381,7 +381,7 @@ def test_adding_block_by_block_on_several_cores_is_adding_at_once(small_blocks, 
     found = np.concatenate(on_cores(lambda at: adding.block(at, kept).copy(), blocks(size)))
     expected = np.add.reduce(sums) + (0 if fresh else before)
     assert np.array_equal(found, expected)
-    assert adding.seal == seal_of(expected)
+    assert adding.seals == [seal_of(q) for q in sums]
     assert np.array_equal(total, expected if kept else before)
     assert all(np.array_equal(one, copy) for one, copy in zip(sums, copies, strict=True)), "what is added is only read"
 

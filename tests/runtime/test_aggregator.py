@@ -104,6 +104,18 @@ def test_several_sums_at_once_are_those_one_by_one(config: Config, small_blocks:
         assert bits(other.snapshot()) == bits(one.snapshot())
 
 
+def test_damages_that_cancel_are_seen(config: Config) -> None:
+    """The total's elements have the right sum, and it is not the right total."""
+    aggregator = Aggregator(config, IMAGE)
+    several = [Sum([shard], q, sealed(q)) for shard in range(SHARDS) for q in [sums(config, 0, shard)]]
+    sent = [one.q.copy() for one in several]
+    sent[0][3] += 2**30
+    sent[2][5] -= 2**30
+    damaged = [one._replace(q=q) for one, q in zip(several, sent, strict=True)]
+    assert aggregator.add_all(0, 0, damaged) == [False] * SHARDS
+    assert aggregator.apply(0)[0].missing == (0, 1, 2, 3)
+
+
 @pytest.mark.parametrize("wrong", [[], [0], [1], [3], [0, 1], [0, 1, 2, 3]], ids=str)
 @pytest.mark.parametrize("before", [0, 1], ids="{} before".format)
 def test_with_a_damaged_sum_the_step_begins_again(config: Config, wrong: list[int], before: int) -> None:

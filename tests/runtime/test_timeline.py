@@ -78,6 +78,20 @@ def test_the_way_to_a_worker_and_back_is_around_its_spans() -> None:
     assert timeline.take().workers == frozenset()
 
 
+def test_what_was_done_ahead_is_no_part_of_the_call() -> None:
+    timeline, account = Timeline(), Account(0.0)
+    timeline.join("a")
+    timeline.call("a", 0, (Span("adapting", 0, 4),), 4)
+    timeline.call("a", 6, (Span("sampling", 4, 5), Span("adapting", 6.5, 9)), 10)
+    taken = timeline.take()
+    assert list(taken.spans["a"])[3:] == [
+        Span("transfer", 6, 6.5), Span("sampling", 4, 5), Span("adapting", 6.5, 9), Span("transfer", 9, 10),
+    ]  # fmt: skip
+    found = account.close(10, taken)
+    told = {phase: seconds for phase, seconds in found.items() if seconds}
+    assert told == pytest.approx({"adapting": 6.5, "sampling": 1, "transfer": 1.5, "waiting": 1})
+
+
 def test_nobody_has_to_take_them() -> None:
     found, timeline = Spans(), Timeline()
     for _ in range(MOST + 1):
