@@ -128,9 +128,10 @@ def on_one_machine(ray: Any, cluster: Cluster) -> bool:
 
 
 def workers_on_a_host(ray: Any, cluster: Cluster) -> float:
-    """How many there will be, about: as many on each host that has room for any, if it has."""
+    """How many there will be, about: as many on each host that has room for any, or, packed, as one has room for."""
     rooms = [fit for node in living(ray) if (fit := places(node["Resources"], cluster))]
-    return min(cluster.most / len(rooms), max(rooms)) if rooms else cluster.most
+    share = cluster.most if cluster.placement == "pack" or not rooms else cluster.most / len(rooms)
+    return min(share, max(rooms, default=cluster.most))
 
 
 def living(ray: Any) -> list[dict[str, Any]]:
