@@ -165,7 +165,8 @@ class Aggregator:
     def add(self, step: int, attempt: int, shards: Collection[int], q: np.ndarray, seal: int | None = None) -> bool:
         """Count the sum of some shards. A late one, or one with a shard that is counted, is dropped: False.
 
-        So is one that is not what its worker sent: of another size or type, or without its `seal`.
+        So is one that is not what its worker sent: of another size or type, or without its `seal`; and with the last,
+        of integers, what was counted before, since the total is not to be had without them.
         q: int64 [total], or their payloads one behind the other, uint8.
         """
         return self.add_all(step, attempt, [Sum(shards, q, seal)])[0]
