@@ -1,5 +1,6 @@
 """Blocks on several threads."""
 
+import contextlib
 import os
 import threading
 import time
@@ -52,12 +53,13 @@ def test_an_error_comes_through_when_nothing_runs_any_more(threads):
     assert on_cores(lambda item: item, range(3)) == [0, 1, 2]
 
 
-def test_a_thread_has_one_of_torchs_whatever_others_set(threads):
+@pytest.mark.parametrize("born", [one_thread, contextlib.nullcontext])
+def test_a_thread_has_one_of_torchs_whatever_others_set(born, threads):
     """torch gives a thread its number when it first computes there: that of the whole process by then."""
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        with one_thread():
+        with born():
             on_cores(lambda _: time.sleep(0.001), range(20))  # nothing of torch's yet
 
         def asked(_):
@@ -79,6 +81,7 @@ def test_nobody_waits_for_a_thread_that_has_not_begun(monkeypatch):
     assert busy.wait(20)
     try:
         assert on_cores(lambda item: item, range(8)) == list(range(8))
+        assert not any(one.done() for one in kept)
     finally:
         go.set()
         for one in kept:
