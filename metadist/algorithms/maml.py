@@ -27,17 +27,17 @@ from metadist.algorithms.algorithm import Normalisation, Outcome, Predictor, Sta
 from metadist.algorithms.context import Context
 from metadist.algorithms.descent import Rates, SupportLoss, last, on_queries, on_support, predictors, walk
 from metadist.algorithms.objective import CLASSIFICATION, Objective
-from metadist.algorithms.recompute import descend_in_segments
+from metadist.algorithms.recompute import descend_in_segments, segment
 from metadist.methods.gradient import Maml
-from metadist.models.closed_form import ClosedForm, Found, closed_form
+from metadist.models.closed_form import ClosedForm, Found, Images, closed_form
 from metadist.models.network import Params
 from metadist.tasks.episode import Episode, Examples
 
 
 @dataclass(frozen=True)
 class MAML:
-    """inner_lr: α; inner_steps: K; order: 1 or 2; support_loss_weight: λ; recompute: inner graphs are
-    built again."""
+    """inner_lr: α; inner_steps: K; order: 1 or 2; support_loss_weight: λ; recompute: what inner steps keep for
+    the way back is made again."""
 
     normalisation: Normalisation
     inner_lr: float
@@ -84,8 +84,8 @@ class MAML:
 
     @cached_property
     def closed_form(self) -> ClosedForm | None:
-        """Of the network; queries with statistics of the support set, and graphs built again, are not of that form."""
-        if self.recompute or self.normalisation.queries != "together" or self.objective is not CLASSIFICATION:
+        """Of the network; queries with statistics of the support set are not of that form."""
+        if self.normalisation.queries != "together" or self.objective is not CLASSIFICATION:
             return None
         return closed_form(self.normalisation.network)
 
@@ -99,35 +99,53 @@ class MAML:
     ) -> tuple[dict[str, Tensor], Outcome]:
         network = self.closed_form
         assert network is not None
-        images, support_y = network.images(episodes.support.x), episodes.support.y
+        support = network.images(episodes.support.x), episodes.support.y
         second = self.order == 2 and self.inner_steps > 0
-        start = fast = network.laid_out(theta)
-        walked: list[Found] = []
-        for _ in range(self.inner_steps):
-            here = network.gradient(fast, images, support_y, products=second)
-            # A large gradient that nobody asks for again makes room for the parameters behind the step.
-            used_up = {name: g for name, g in here.gradient.items() if g.ndim == 5 and not self.support_loss_weight}
-            fast = {
-                name: torch.sub(fast[name], g, alpha=self.inner_lr, out=used_up.get(name))
-                for name, g in here.gradient.items()
-            }
-            if second or not walked:
-                walked.append(here)
-        query = network.images(episodes.query.x)
-        judged = network.gradient(fast, query, episodes.query.y, together=not second, products=False)
+        # Only φ in front of every segment is kept; what was found within the last one is kept as well.
+        size = segment(self.inner_steps) if self.recompute else max(1, self.inner_steps)
+        starts = [network.laid_out(theta)]
+        for _ in range(size, self.inner_steps, size):
+            starts.append(self._walk(network, starts[-1], *support, size, keep=False)[0])
+        fast, walked = self._walk(
+            network, starts[-1], *support, self.inner_steps - size * (len(starts) - 1), keep=second
+        )
+        judged = network.gradient(
+            fast, network.images(episodes.query.x), episodes.query.y, together=not second, products=False
+        )
         back, loss = judged.gradient, judged.loss
-        for k in reversed(range(len(walked) if second else 0)):
-            product = network.hessian_product(walked[k].record, back, together=k == 0)
+        for k in reversed(range(self.inner_steps if second else 0)):
+            if not walked:
+                starts.pop()
+                _, walked = self._walk(network, starts[-1], *support, size, keep=True)
+            here = walked.pop() if k else walked[0]
+            product = network.hessian_product(here.record, back, together=k == 0)
             back = back if k else network.summed(back)
             back = {name: torch.sub(g, product[name], alpha=self.inner_lr) for name, g in back.items()}
         if self.support_loss_weight:
-            before = walked[0] if walked else network.gradient(start, images, support_y, products=False)
+            before = walked[0] if walked else network.gradient(starts[0], *support, products=False)
             loss = loss + self.support_loss_weight * before.loss
             of_support = network.summed(before.gradient)
             back = {name: torch.add(g, of_support[name], alpha=self.support_loss_weight) for name, g in back.items()}
         return {name: back[name] for name in theta}, Outcome(
             loss, judged.score, {name: judged.statistics[name] for name in state}
         )
+
+    def _walk(
+        self, network: ClosedForm, fast: dict[str, Tensor], images: Images, y: Tensor, steps: int, keep: bool
+    ) -> tuple[dict[str, Tensor], list[Found]]:
+        """φ after some steps, and what was found before each: keep; else before the first, if it will be asked for."""
+        walked: list[Found] = []
+        for _ in range(steps):
+            here = network.gradient(fast, images, y, products=keep)
+            # A large gradient that nobody asks for again makes room for the parameters behind the step.
+            used_up = {name: g for name, g in here.gradient.items() if g.ndim == 5 and not self.support_loss_weight}
+            fast = {
+                name: torch.sub(fast[name], g, alpha=self.inner_lr, out=used_up.get(name))
+                for name, g in here.gradient.items()
+            }
+            if keep or (self.support_loss_weight and not walked):
+                walked.append(here)
+        return fast, walked
 
 
 def build(method: Maml, context: Context) -> MAML:

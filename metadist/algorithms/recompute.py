@@ -4,7 +4,8 @@ The meta-gradient of second order needs every inner step's graph. Here K steps a
 segments of ⌈√K⌉ (Chen, Xu, Zhang & Guestrin 2016); only φ in front of each is kept, and while the
 meta-gradient goes backwards through a segment, its steps are taken once more. So the graphs of
 √K steps are there at a time, for at most one further forward pass of each step. The last segment,
-which the meta-gradient enters at once, is not taken twice.
+which the meta-gradient enters at once, is not taken twice. (Where a network has its products in closed form, MAML does
+the same with what these keep instead of graphs: `maml.py`.)
 
 `torch.utils.checkpoint` does not go through `vmap`; a function of its own does, since it says
 itself what it is with a task axis: the same, of the function with a task axis.
@@ -25,6 +26,11 @@ from metadist.models.network import Params
 from metadist.tasks.episode import Examples
 
 
+def segment(steps: int) -> int:
+    """⌈√steps⌉, at least 1."""
+    return math.isqrt(max(0, steps - 1)) + 1
+
+
 def descend_in_segments(
     loss: Callable[[Examples], SupportLoss], support: Examples, params: Params, rates: Rates, steps: int
 ) -> Params:
@@ -32,7 +38,7 @@ def descend_in_segments(
 
     loss: of a support set; it closes over no tensor that differs from task to task.
     """
-    size = math.isqrt(max(0, steps - 1)) + 1
+    size = segment(steps)
     while steps > size:
         params = {**params, **_segment(loss, support, params, rates, size)}
         steps -= size

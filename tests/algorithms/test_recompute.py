@@ -40,6 +40,33 @@ def test_the_same_sums_in_both_engines(name, steps):
         assert relative(found, expected) < 1e-12
 
 
+@pytest.mark.parametrize("model", ["stride2", "conv4"])
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize("steps", [0, 1, 2, 5, 10])
+def test_the_same_bits_in_closed_form(steps, weight, model):
+    kept, recomputed = (
+        config_of(
+            task={"ways": 3, "shots": 2},
+            model={"name": model, "width": 4},
+            algorithm={
+                "name": "maml",
+                "inner_steps": steps,
+                "inner_lr": 0.1,
+                "support_loss_weight": weight,
+                "recompute": which,
+            },
+        )
+        for which in (False, True)
+    )
+    theta, state = parameters(kept, IMAGE)
+    batch = episodes(kept, IMAGE)
+    each = [for_training(config, IMAGE) for config in (kept, recomputed)]
+    assert all(algorithm.at_once(batch) for algorithm in each)
+    expected, found = (vectorised(algorithm, theta, state, batch, ways(kept), 0) for algorithm in each)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert relative(found, loop(each[0], theta, state, batch, ways(kept), 0)) < 1e-12
+
+
 def test_the_same_sums_of_packed_trials():
     kept, recomputed = both("maml", 5)
     theta, state = parameters(kept, IMAGE)
@@ -64,5 +91,5 @@ def test_memory_grows_with_the_root_of_the_steps():
         needed(job(method, k), [path], 2).bytes
         for method, k in (("maml", 16), ("maml, recompute", 1), ("maml, recompute", 16))
     )
-    assert many < 0.75 * kept  # without it, a step of the closed form goes into the memory of its gradient
+    assert many < 0.6 * kept
     assert many < math.sqrt(16) * few
