@@ -6,6 +6,8 @@ the same numbers on CPU and GPU. The mixing function is the finaliser of SplitMi
 (Steele, Lea & Flood 2014).
 """
 
+from itertools import takewhile
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,15 @@ Counter = int | Tensor
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
+_WORD = (1 << 64) - 1
+
+ROOM = 1 << 24
+"""Pairs of swaps that `distinct` looks at, at once: three bytes each."""
 
 
 def _signed(value: int) -> int:
     """A 64-bit pattern as the int64 that holds it."""
-    value &= (1 << 64) - 1
+    value &= _WORD
     return value - (1 << 64) if value >> 63 else value
 
 
@@ -36,13 +42,29 @@ def mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+def _mixed(x: int) -> int:
+    """The same of one word, as a Python integer."""
+    x = (x + _GOLDEN) & _WORD
+    x = (x ^ (x >> 30)) * _MIX_1 & _WORD
+    x = (x ^ (x >> 27)) * _MIX_2 & _WORD
+    return x ^ (x >> 31)
+
+
 def key(seed: int, *coordinates: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """A 64-bit key (int64) from a seed and integer coordinates, tensors among them broadcast."""
-    # Filled on the device, not copied to it: a copy from the host cannot be part of a CUDA graph.
-    state = mix(torch.full((), _signed(seed), dtype=torch.int64, device=device))
-    for coordinate in coordinates:
-        state = mix(state ^ (_signed(coordinate) if isinstance(coordinate, int) else coordinate))
-    return state
+    """A 64-bit key (int64) from a seed and integer coordinates, tensors among them broadcast.
+
+    device: of the key where no coordinate is a tensor.
+    """
+    # Numbers are mixed as numbers as far as they go: on a device each operation is a kernel, and a copy from the host
+    # cannot be part of a CUDA graph.
+    numbers = [*takewhile(lambda coordinate: isinstance(coordinate, int), coordinates)]
+    state = _mixed(seed & _WORD)
+    for number in numbers:
+        state = _mixed(state ^ (int(number) & _WORD))
+    found: int | Tensor = _signed(state)
+    for coordinate in coordinates[len(numbers) :]:
+        found = mix(found ^ (_signed(coordinate) if isinstance(coordinate, int) else coordinate))  # type: ignore[arg-type]
+    return found if isinstance(found, Tensor) else torch.full((), found, dtype=torch.int64, device=device)
 
 
 def below(keys: Tensor, draw: int | Tensor, bound: int | Tensor) -> Tensor:
@@ -54,18 +76,30 @@ def below(keys: Tensor, draw: int | Tensor, bound: int | Tensor) -> Tensor:
     return (_shift_right(mix(keys + draw), 32) * bound) >> 32
 
 
-def distinct(keys: Tensor, size: Tensor, amount: int, largest: int | None = None) -> Tensor:
+def distinct(keys: Tensor, size: Tensor, amount: int) -> Tensor:
     """`amount` distinct integers below `size`, in random order, for each key.
 
-    keys: int64 [n]; size: int64 [n], each at least `amount`; largest: none of the sizes is above it, found
-    where it is not given; returns int64 [n, amount]. A Fisher-Yates shuffle that stops after `amount` swaps,
-    all keys at once.
+    keys: int64 [n]; size: int64 [n], each at least `amount`; returns int64 [n, amount]. A Fisher-Yates shuffle that
+    stops after `amount` swaps, all keys and all swaps at once: swap p exchanges places p and other_p ≥ p of a deck that
+    is never laid out. What a place holds is what place p held at the last swap that put something there, or its number.
     """
-    n, largest = keys.shape[0], int(size.max()) if largest is None else largest
-    deck = torch.arange(largest, device=keys.device).repeat(n, 1)
-    for position in range(amount):
-        other = position + below(keys, position, size - position)
-        taken = deck.gather(1, other[:, None])
-        deck.scatter_(1, other[:, None], deck[:, position : position + 1].clone())
-        deck[:, position : position + 1] = taken
-    return deck[:, :amount]
+    some = max(1, ROOM // amount**2)
+    if len(keys) > some:
+        each = zip(keys.split(some), size.split(some), strict=True)
+        return torch.cat([distinct(*of_some, amount) for of_some in each])
+    position = torch.arange(amount, device=keys.device)
+    other = position + below(keys[:, None], position, size[:, None] - position)
+    earlier, small = position < position[:, None], position.to(torch.int16)
+
+    def put_by(place: Tensor) -> Tensor:
+        """The last swap before the p-th that put something at a place, [amount] or [n, amount]; −1: none."""
+        hit = (other[:, None] == place[..., None]) & earlier
+        return torch.where(hit, small, -1).amax(-1).long()
+
+    # What p held is what q < p held, who put it there, and so on to one that held its own number: by doubling.
+    by = put_by(position)
+    held = torch.where(by < 0, position, by)
+    for _ in range((amount - 1).bit_length()):
+        held = held.gather(1, held)
+    by = put_by(other)
+    return torch.where(by < 0, other, held.gather(1, by.clamp_min(0)))

@@ -83,7 +83,6 @@ class FewShot:
         if self.device.type != "cpu":
             rows = torch.tensor([0, *(len(table.images) for table in tables[:-1])])
             self._images, self._row_offset = [torch.cat(self._images).to(self.device)], rows.cumsum(0).to(self.device)
-        self._largest_class, self._largest_pool = max(int(count.max()) for count in counts), max(pool_size)
         self.classes = classes
         self._start, self._count, self._source = (torch.cat(x).to(self.device) for x in (starts, counts, sources))
         self._pool_first, self._pool_size, self._pool_offset, self._pools, self._lots = (
@@ -103,19 +102,23 @@ class FewShot:
     def _drawn(self, step: Counter, first: Counter, tasks: int) -> tuple[Tensor, Tensor, Tensor]:
         """Classes, rows and the pool, int64 [tasks], that the classes come from."""
         task = self._keys(step, first, tasks)
-        lot = below(key_of(task, _SOURCE), 0, self._lots[-1])
-        source = torch.searchsorted(self._lots, lot, right=True)
-        pool = self._pool_offset[source] + below(key_of(task, _POOL), 0, self._pools[source])
+        pool = self._pool(task)
         size = self._pool_size[pool]
-        classes = self._pool_first[pool][:, None] + distinct(
-            key_of(task, _CLASSES), size, self.ways, self._largest_pool
-        )
+        classes = self._pool_first[pool][:, None] + distinct(key_of(task, _CLASSES), size, self.ways)
         way = torch.arange(self.ways, device=self.device)
         example = key_of(key_of(task, _EXAMPLES)[:, None], way).flatten()
         amount = self.shots + self.queries
-        rows = distinct(example, self._count[classes.flatten()], amount, self._largest_class)
+        rows = distinct(example, self._count[classes.flatten()], amount)
         rows = rows.view(tasks, self.ways, amount)
         return classes, self._start[classes][..., None] + rows, pool
+
+    def _pool(self, task: Tensor) -> Tensor:
+        """Which one each task's classes come from; where there is only one, nothing is drawn."""
+        if len(self.families) == 1:
+            return torch.zeros_like(task)
+        lot = below(key_of(task, _SOURCE), 0, self._lots[-1])
+        source = torch.searchsorted(self._lots, lot, right=True)
+        return self._pool_offset[source] + below(key_of(task, _POOL), 0, self._pools[source])
 
     def sample(self, step: Counter, first: Counter, tasks: int) -> Episode:
         """Tasks first … first+tasks−1 of a meta-step as one batch with a leading task axis.
@@ -126,7 +129,7 @@ class FewShot:
         """
         classes, rows, pool = self._drawn(step, first, tasks)
         rows = rows.transpose(1, 2)  # shot by shot
-        x = self._pixels(self._source[classes][:, None].expand_as(rows), rows)
+        x = self._pixels(classes, rows)
         if self._turned is not None:
             x = (
                 x.flatten(-2)
@@ -152,14 +155,19 @@ class FewShot:
         number = first + torch.arange(tasks, device=self.device)
         return key(self.seed, SPLITS[self.split], step, number, device=self.device)
 
-    def _pixels(self, source: Tensor, rows: Tensor) -> Tensor:
-        if len(self._images) == 1:
-            picked = self._images[0][rows if self.device.type == "cpu" else rows + self._row_offset[source]]
+    def _pixels(self, classes: Tensor, rows: Tensor) -> Tensor:
+        """classes: [tasks, ways]; rows: [tasks, …, ways] of their tables."""
+        if len(self._row_offset) == 1:
+            picked = self._images[0][rows]
         else:
-            picked = torch.empty(*rows.shape, *self.shape, dtype=torch.uint8, device=self.device)
-            for number, images in enumerate(self._images):
-                here = source == number
-                picked[here] = images[rows[here]]
+            source = self._source[classes][:, None].expand_as(rows)
+            if len(self._images) == 1:
+                picked = self._images[0][rows + self._row_offset[source]]
+            else:
+                picked = torch.empty(*rows.shape, *self.shape, dtype=torch.uint8, device=self.device)
+                for number, images in enumerate(self._images):
+                    here = source == number
+                    picked[here] = images[rows[here]]
         return picked.to(self.dtype) / 255
 
 

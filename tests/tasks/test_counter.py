@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metadist.tasks import counter
 from metadist.tasks.counter import below, distinct, key, mix
 
 WORD = (1 << 64) - 1
@@ -76,8 +77,10 @@ def test_below(seed, draw, bound):
     assert 0 <= found < bound
 
 
-@pytest.mark.parametrize("amount", [1, 3, 7])
-def test_distinct_is_a_shuffle_that_stops_early(amount):
+@pytest.mark.parametrize("room", [1 << 24, 500])
+@pytest.mark.parametrize("amount", [1, 3, 7, 12])
+def test_distinct_is_a_shuffle_that_stops_early(amount, room, monkeypatch):
+    monkeypatch.setattr(counter, "ROOM", room)
     keys = key(3, torch.arange(200))
     size = torch.tensor([random.Random(i).randint(amount, 12) for i in range(200)])
     found = distinct(keys, size, amount)
