@@ -110,20 +110,22 @@ class OuterStep:
     def take(self, gradient: Gradient) -> list[float]:
         """Read a mean gradient, once; returns the squared norm of every tensor, in name order."""
 
-        def taken(block: tuple[Run, slice]) -> list[float]:
+        def taken(block: tuple[Run, slice]) -> list[Tensor]:
             values = gradient(*block)
             self._gradient[block[1]].copy_(values)
             if self._on_cpu:
                 squared = torch.square(values, out=torch.from_numpy(self._squares.array[: len(values)]))
             else:
                 squared = values.square()
-            return [squared[part].sum().item() for part in block[0].parts]
+            return [squared[part].sum() for part in block[0].parts]
 
         # A block is one sum, whose order is torch's for its size; those of a large tensor are added up exactly.
+        found = [one for some in self._each(self._pieces, taken) for one in some]
+        sums = iter(torch.stack(found).tolist() if found else [])  # a GPU is waited for once
         parts: list[list[float]] = [[] for _ in self.layout.names]
-        for (run, _), sums in zip(self._pieces, self._each(self._pieces, taken), strict=True):
-            for index, one in zip(run.tensors, sums, strict=True):
-                parts[index].append(one)
+        for run, _ in self._pieces:
+            for index in run.tensors:
+                parts[index].append(next(sums))
         return [math.fsum(each) for each in parts]
 
     def move(self, gradient: Gradient, step: int, norm: float, out: Tensor | None = None) -> bool:

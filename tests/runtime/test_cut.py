@@ -66,6 +66,13 @@ def test_pieces_give_the_bits_of_the_whole(pieces: int, config: Config) -> None:
     assert_same(trained(config, 1), trained(config, pieces))
 
 
+def test_so_they_do_where_tensors_are_larger_than_a_block(config: Config, small_blocks: None) -> None:
+    whole = trained(config, 1)
+    assert any(len(list(run.blocks())) > 1 for run in Blueprint(config, IMAGE).sums.runs)
+    for pieces in (2, 3):
+        assert_same(whole, trained(config, pieces))
+
+
 def test_a_checkpoint_of_pieces_is_gone_on_with_by_others(config: Config) -> None:
     half = trained(config.with_values(), 3)
     assert half.step == STEPS
