@@ -89,10 +89,14 @@ def coarser(exponents: np.ndarray, exceeding: Iterable[int]) -> np.ndarray:
     return result
 
 
-def scales(layout: Layout, exponents: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """2^e for every element, float64 [total]; exact, as powers of two are."""
-    each = torch.from_numpy(np.ldexp(1.0, exponents.astype(np.int32)))
-    return each.repeat_interleave(torch.tensor(layout.sizes)).to(device)
+def scales(exponents: np.ndarray) -> Tensor:
+    """2^e of every tensor, float64 [tensors]; exact, as powers of two are."""
+    return torch.from_numpy(np.ldexp(1.0, exponents.astype(np.int32)))
+
+
+def tensor_of_each(layout: Layout) -> Tensor:
+    """Which tensor an element belongs to, int64 [total]."""
+    return torch.arange(len(layout.names)).repeat_interleave(torch.tensor(layout.sizes))
 
 
 def quantise(
@@ -107,8 +111,8 @@ def quantise(
         largest, seal = _rounded_into(q, layout, tensors, exponents)
         if largest <= 2.0**HEADROOM_BITS / parts:  # false for NaN
             return Part(q, True, (), seal)
-    scale = scales(layout, exponents, tensors[layout.names[0]].device)
-    found = rounded(layout, tensors, scale).part(layout, scale, parts)
+    scale = scales(exponents)[tensor_of_each(layout)].to(tensors[layout.names[0]].device)
+    found = rounded(layout, tensors, scale).part(layout, parts)
     if out is None:
         return found
     out[:] = found.q
@@ -144,30 +148,31 @@ def _rounded_into(
 
 
 class Rounded(NamedTuple):
-    """values: float64 [total], unscaled; q: round(x · 2^e) as int64; largest: its greatest magnitude in float64, NaN
-    where one is."""
+    """values: float64 [total], unscaled; scale: 2^e for every one of them; q: round(x · 2^e) as int64; largest: its
+    greatest magnitude in float64, NaN where one is."""
 
     values: Tensor
+    scale: Tensor
     q: Tensor
     largest: Tensor
 
-    def part(self, layout: Layout, scale: Tensor, parts: int) -> Part:
+    def part(self, layout: Layout, parts: int) -> Part:
         """The part, if it fits; else what is wrong with it."""
         bound = 2.0**HEADROOM_BITS / parts
         if float(self.largest) <= bound:  # false for NaN
             q = self.q.cpu().numpy()
             return Part(q, True, (), seal_of(q))
         finite = bool(self.values.isfinite().all())
-        each = layout.split((self.values * scale).round_().abs())
+        each = layout.split((self.values * self.scale).round_().abs())
         exceeding = tuple(index for index, name in enumerate(layout.names) if not float(each[name].max()) <= bound)
         return Part(np.zeros(layout.total, dtype=np.int64), finite, exceeding)
 
 
 def rounded(layout: Layout, tensors: Mapping[str, Tensor], scale: Tensor) -> Rounded:
-    """All tensors in one flat buffer, on their device; nothing is asked of it."""
+    """All tensors in one flat buffer, on their device; nothing is asked of it. scale: 2^e of every element."""
     values = layout.flatten(tensors).detach().double()
     found = (values * scale).round_()
-    return Rounded(values, found.long(), found.abs().max())
+    return Rounded(values, scale, found.long(), found.abs().max())
 
 
 class Block(threading.local):

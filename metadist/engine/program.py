@@ -3,7 +3,8 @@
 Tasks are sampled on the device, from a data set in its memory and with the meta-step and the shard as tensors; then
 the inner loop, the queries' loss, the meta-gradient and the exact sum. Nothing in between asks the host anything. On
 a GPU the program is captured once as a CUDA graph and replayed for every shard; on a CPU the same function runs over
-the same buffers. What goes in is θ, a scale and two numbers; what comes out is copied to the host once.
+the same buffers. What goes in is θ, a scale for every tensor and two numbers; what comes out is copied to the host
+once.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metadist.engine.exact import Part, Rounded, rounded, scales
+from metadist.engine.exact import Part, Rounded, rounded, scales, tensor_of_each
 from metadist.engine.layout import Layout
 
 WARM_UPS = 3
@@ -30,7 +31,8 @@ class Program:
     ) -> None:
         self._compute, self._layout, self._parts = compute, sums, parts
         self._values = torch.zeros(values.total, dtype=dtype, device=device)
-        self._scale = torch.zeros(sums.total, dtype=torch.float64, device=device)
+        self._scales = torch.zeros(len(sums.names), dtype=torch.float64, device=device)
+        self._tensor = tensor_of_each(sums).to(device)
         self._step, self._first = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         self._graph: torch.cuda.CUDAGraph | None = None
         self._outputs: Rounded | None = None
@@ -38,7 +40,7 @@ class Program:
     def __call__(self, values: np.ndarray, exponents: np.ndarray, step: int, first: int) -> Part:
         """The integer sums of the tasks from `first` on, at flat θ and state."""
         self._values.copy_(torch.from_numpy(np.array(values)))
-        self._scale.copy_(scales(self._layout, exponents))
+        self._scales.copy_(scales(exponents))
         self._step.fill_(step)
         self._first.fill_(first)
         if self._values.device.type == "cpu":
@@ -47,10 +49,11 @@ class Program:
             outputs = self._outputs or self._captured()
             assert self._graph is not None
             self._graph.replay()
-        return outputs.part(self._layout, self._scale, self._parts)
+        return outputs.part(self._layout, self._parts)
 
     def _run(self) -> Rounded:
-        return rounded(self._layout, self._compute(self._values, self._step, self._first), self._scale)
+        sums = self._compute(self._values, self._step, self._first)
+        return rounded(self._layout, sums, self._scales[self._tensor])
 
     def _captured(self) -> Rounded:
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -3,12 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from device_checks import Operations
+from torch.utils._pytree import tree_leaves
 
 from metadist.config import resolve, validate
 from metadist.data.sources import prepare
 from metadist.engine.engine import Engine
 from metadist.engine.exact import first_exponents
 from metadist.errors import ConfigError
+from metadist.tasks.samplers import training_tasks
+
+UNCAPTURED = ("scatter", "index_put", "index_add", "nonzero", "masked_select", "cumsum", "bincount", "scalar_dense")
+"""Operations that ask the host or, done in a fixed order on a GPU, cannot be part of a CUDA graph."""
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -61,8 +67,38 @@ def test_tasks_are_sampled_by_tensors_as_by_numbers():
     tasks = engine("graph", task={"meta_batch": 8, "shard": 4, "rotate": False}).tasks
     by_number = tasks.sample(3, 4, 4)
     by_tensor = tasks.sample(torch.tensor(3), torch.tensor(4), 4)
-    leaves = torch.utils._pytree.tree_leaves
-    assert all(torch.equal(a, b) for a, b in zip(leaves(by_number), leaves(by_tensor), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(by_number), tree_leaves(by_tensor), strict=True))
+
+
+CAPTURED = {
+    "closed-form": {},
+    "strided": {"model": {"name": "stride2", "width": 8}, "algorithm": {"support_loss_weight": 0.5}},
+    "first-order": {"algorithm": {"order": 1}},
+    "recompute": {"algorithm": {"inner_steps": 5, "recompute": True}},
+    "rotated": {"task": {"rotate": True}},
+    "mixture": {"data": {"name": [{"name": "glyphs", "weight": 1}, {"name": "glyphs", "weight": 2}]}},
+    "groups": {"task": {"within_group": True}},
+    "by-vmap": {"model": {"name": "conv4", "width": 8, "activation": "tanh"}},
+    "by-vmap-recompute": {"model": {"activation": "tanh"}, "algorithm": {"inner_steps": 5, "recompute": True}},
+    "support-statistics": {"task": {"transductive": False}},
+    "resnet": {"model": {"name": "resnet12", "width": 8}},
+    "sinusoid": {"data": {"name": "sinusoid"}, "model": {"name": "mlp", "norm": "none"}},
+}
+
+
+@pytest.mark.parametrize("keys", CAPTURED.values(), ids=CAPTURED)
+def test_a_program_asks_the_host_nothing(keys):
+    """On torch's device without memory, which nothing can be read from, as nothing can be while a graph is captured."""
+    algorithm = {"name": "maml", "inner_steps": 2, "inner_lr": 0.01, **keys.get("algorithm", {})}
+    task = {"meta_batch": 8, "shard": 4, **keys.get("task", {})}
+    one = engine("graph", **{**keys, "algorithm": algorithm, "task": task})
+    one.device = torch.device("meta")
+    one.tasks = training_tasks(one.config, one.tables, one.device)
+    program = one._program(one.config)
+    with Operations("meta", scalars=False) as operations:
+        outputs = program._run()
+    assert outputs.q.shape == (one.blueprint.sums.total,)
+    assert not [name for name in operations.names if any(word in name for word in UNCAPTURED)]
 
 
 def test_graph_is_for_what_one_program_can_hold():
