@@ -85,7 +85,7 @@ def distinct(keys: Tensor, size: Tensor, amount: int) -> Tensor:
     """
     some = max(1, ROOM // amount**2)
     if len(keys) > some:
-        each = zip(keys.split(some), size.split(some), strict=True)
+        each = zip(torch.split(keys, some), torch.split(size, some), strict=True)
         return torch.cat([distinct(*of_some, amount) for of_some in each])
     position = torch.arange(amount, device=keys.device)
     other = position + below(keys[:, None], position, size[:, None] - position)
