@@ -67,10 +67,12 @@ def _plot(path: Path, suite: str, rows: list[Row]) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    units = list(dict.fromkeys(row.unit for row in rows))
-    figure, panels = plt.subplots(1, len(units), figsize=(1 + 4.5 * len(units), 3.2), squeeze=False)
-    for panel, unit in zip(panels[0], units, strict=True):
-        mine = [row for row in rows if row.unit == unit]
+    by_unit: dict[str, list[Row]] = {}
+    for row in rows:
+        by_unit.setdefault(row.unit, []).append(row)
+    height = 1.2 + 0.22 * max(9, *map(len, by_unit.values()))
+    figure, panels = plt.subplots(1, len(by_unit), figsize=(1 + 4.5 * len(by_unit), height), squeeze=False)
+    for panel, (unit, mine) in zip(panels[0], by_unit.items(), strict=True):
         bars = panel.barh([row.name for row in mine], [row.value for row in mine], color="#4878a8")
         panel.bar_label(bars, [f" {row.value:,.3g}" + (f" ({row.ratio:.2f}×)" if row.ratio else "") for row in mine])
         panel.margins(x=0.35)
