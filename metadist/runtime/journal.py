@@ -7,7 +7,7 @@ raised in the loop at its next call, in one line.
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ class Journal:
         self.folder, self.rows = folder, rows
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=2)
         self._failure: BaseException | None = None
-        self._written, self._due, self._pause = len(rows), 0.0, FLUSH_SECONDS
+        self._written, self._due = len(rows), 0.0
+        self._final, self._cuts, self._lock = table_of([]), 0, threading.Lock()
         self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
         self._thread.start()
 
@@ -58,8 +59,10 @@ class Journal:
 
     def cut(self, step: int) -> None:
         """Forget the rows after `step`: they are computed again."""
-        self.rows[:] = [row for row in self.rows if row["step"] <= step]
-        self._written = min(self._written, len(self.rows))
+        with self._lock:
+            self.rows[:] = [row for row in self.rows if row["step"] <= step]
+            self._written = min(self._written, len(self.rows))
+            self._final, self._cuts = table_of([]), self._cuts + 1
 
     def flush(self) -> None:
         """Wait until every write handed over is done."""
@@ -118,21 +121,39 @@ class Journal:
     def _write_metrics(self) -> None:
         started = time.monotonic()
         count = len(self.rows)
-        write_metrics(self.folder / "metrics.parquet", [dict(row) for row in self.rows[:count]])
+        with self._lock:
+            final, cuts = self._final, self._cuts
+        # The last row may get further columns; those before it are put together once.
+        final = joined(final, table_of([dict(row) for row in self.rows[final.num_rows : count - 1]]))
+        with self._lock:
+            if self._cuts == cuts:
+                self._final = final
+        last = table_of([dict(row) for row in self.rows[count - 1 : count]])
+        write_metrics(self.folder / "metrics.parquet", joined(final, last))
         self._written = count
         spent = time.monotonic() - started
         self._due = time.monotonic() + max(FLUSH_SECONDS, 20 * spent)
 
 
-def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
-    """All rows as one Parquet file: `step` int64, the rest float64, null where not measured."""
+def table_of(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """`step` int64, the rest float64, null where not measured."""
     columns: dict[str, pa.Array] = {"step": pa.array([row["step"] for row in rows], pa.int64())}
     names = list(dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)]))
     for name in names:
         if name != "step":
             columns[name] = pa.array([row.get(name) for row in rows], pa.float64())
+    return pa.table(columns)
+
+
+def joined(table: pa.Table, further: pa.Table) -> pa.Table:
+    """Both, one behind the other, with the columns of either."""
+    return pa.concat_tables([table, further], promote_options="default").combine_chunks()
+
+
+def write_metrics(path: Path, table: pa.Table) -> None:
+    """As one Parquet file."""
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink)
+    pq.write_table(table, sink)
     write(path, sink.getvalue().to_pybytes())
 
 

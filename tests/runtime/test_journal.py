@@ -9,11 +9,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from metadist import durable
 from metadist.errors import StorageError
 from metadist.runtime import journal
-from metadist.runtime.journal import COLUMNS, Journal, read_metrics, write_metrics
+from metadist.runtime.journal import COLUMNS, Journal, read_metrics, table_of, write_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +92,7 @@ def test_a_checkpoint_has_its_metrics_on_disk(tmp_path: Path, monkeypatch: pytes
 
 
 def test_rows_behind_the_resumed_step_are_cut(tmp_path: Path) -> None:
-    write_metrics(tmp_path / "metrics.parquet", [{"step": step, "loss": float(step)} for step in range(1, 10)])
+    write_metrics(tmp_path / "metrics.parquet", table_of([{"step": n, "loss": float(n)} for n in range(1, 10)]))
     rows = read_metrics(tmp_path / "metrics.parquet")
     assert rows == [{"step": step, "loss": float(step)} for step in range(1, 10)]
     writer = Journal(tmp_path, rows)
@@ -111,6 +113,33 @@ def test_cut_in_the_middle_of_a_run(tmp_path: Path) -> None:
     writer.close()
     table = pq.read_table(tmp_path / "metrics.parquet")
     assert table.column("loss").to_pylist() == [1.0] * 4 + [2.0]
+
+
+acts = st.lists(st.sampled_from(["row", "validation", "write", "cut"]), max_size=40)
+
+
+@given(acts)
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_was_written_in_between_the_rows_are_all_there(tmp_path: Path, acts: list[str]) -> None:
+    """Those that were put together once and those that came later, with columns that begin late, or behind a cut."""
+    writer = Journal(tmp_path, [])
+    expected: list[dict[str, float]] = []
+    for number, act in enumerate([*acts, "row"]):
+        if act == "cut":
+            writer.cut(len(expected) // 2)
+            del expected[len(expected) // 2 :]
+        elif act == "write" and expected:
+            writer.later(lambda: None)
+            writer.flush()
+        elif act == "row":
+            expected.append({"step": len(expected) + 1, "loss": float(number)})
+            writer.row(len(expected), loss=float(number))
+        elif act == "validation" and expected:
+            expected[-1]["val_accuracy"] = float(number)
+            writer.row(len(expected), val_accuracy=float(number))
+    writer.close()
+    found = read_metrics(tmp_path / "metrics.parquet")
+    assert [{key: row[key] for key in row if key != "time"} for row in found] == expected
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 half a file"])
