@@ -50,6 +50,7 @@ JOB = {
     "task": {"ways": 5, "shots": 1, "queries": 1, "meta_batch": 32, "shard": 8},
     "algorithm": {"name": "maml", "order": 2, "inner_lr": 2.0, "inner_steps": 1},
     "outer": {"steps": 10**6},
+    "engine": {"device": "cpu"},
     "eval": {"every": 0, "test": False},
 }
 """The MAML paper's Omniglot recipe, on the embedded letters: meta-batch 32, second order, stride-2 network."""
