@@ -105,47 +105,61 @@ class MAML:
         size = segment(self.inner_steps) if self.recompute else max(1, self.inner_steps)
         starts = [network.laid_out(theta)]
         for _ in range(size, self.inner_steps, size):
-            starts.append(self._walk(network, starts[-1], *support, size, keep=False)[0])
-        fast, walked = self._walk(
-            network, starts[-1], *support, self.inner_steps - size * (len(starts) - 1), keep=second
-        )
-        judged = network.gradient(
-            fast, network.images(episodes.query.x), episodes.query.y, together=not second, products=False
-        )
-        back, loss = judged.gradient, judged.loss
+            starts.append(self._walk(network, starts[-1], *support, size)[0])
+        left = self.inner_steps - size * (len(starts) - 1)
+        kept = left if second else int(self.support_loss_weight > 0)
+        fast, walked = self._walk(network, starts[-1], *support, left, kept, products=second)
+        back, outcome = self._judged(network, fast, state, episodes.query, together=not second)
+        del fast  # memory for the way back
         for k in reversed(range(self.inner_steps if second else 0)):
             if not walked:
                 starts.pop()
-                _, walked = self._walk(network, starts[-1], *support, size, keep=True)
-            here = walked.pop() if k else walked[0]
-            product = network.hessian_product(here.record, back, together=k == 0)
-            back = back if k else network.summed(back)
-            back = {name: torch.sub(g, product[name], alpha=self.inner_lr) for name, g in back.items()}
+                walked = self._walk(network, starts[-1], *support, size, size, products=True)[1]
+            back = self._through(network, walked.pop() if k else walked[0], back, at_theta=k == 0)
         if self.support_loss_weight:
             before = walked[0] if walked else network.gradient(starts[0], *support, products=False)
-            loss = loss + self.support_loss_weight * before.loss
+            outcome = outcome._replace(loss=outcome.loss + self.support_loss_weight * before.loss)
             of_support = network.summed(before.gradient)
             back = {name: torch.add(g, of_support[name], alpha=self.support_loss_weight) for name, g in back.items()}
-        return {name: back[name] for name in theta}, Outcome(
-            loss, judged.score, {name: judged.statistics[name] for name in state}
-        )
+        return {name: back[name] for name in theta}, outcome
 
     def _walk(
-        self, network: ClosedForm, fast: dict[str, Tensor], images: Images, y: Tensor, steps: int, keep: bool
+        self,
+        network: ClosedForm,
+        fast: dict[str, Tensor],
+        images: Images,
+        y: Tensor,
+        steps: int,
+        kept: int = 0,
+        products: bool = False,
     ) -> tuple[dict[str, Tensor], list[Found]]:
-        """φ after some steps, and what was found before each: keep; else before the first, if it will be asked for."""
+        """φ after some steps, and what was found before so many of them; products: as in `ClosedForm.gradient`."""
         walked: list[Found] = []
-        for _ in range(steps):
-            here = network.gradient(fast, images, y, products=keep)
+        for step in range(steps):
+            here = network.gradient(fast, images, y, products=products)
             # A large gradient that nobody asks for again makes room for the parameters behind the step.
-            used_up = {name: g for name, g in here.gradient.items() if g.ndim == 5 and not self.support_loss_weight}
+            asked_again = step < kept and self.support_loss_weight > 0
+            used_up = {name: g for name, g in here.gradient.items() if g.ndim == 5 and not asked_again}
             fast = {
                 name: torch.sub(fast[name], g, alpha=self.inner_lr, out=used_up.get(name))
                 for name, g in here.gradient.items()
             }
-            if keep or (self.support_loss_weight and not walked):
+            if step < kept:
                 walked.append(here)
         return fast, walked
+
+    def _judged(
+        self, network: ClosedForm, fast: dict[str, Tensor], state: State, query: Examples, together: bool
+    ) -> tuple[dict[str, Tensor], Outcome]:
+        """∇_φ L_Q of every task, or summed over them: together; and the outcome."""
+        found = network.gradient(fast, network.images(query.x), query.y, together, products=False)
+        return found.gradient, Outcome(found.loss, found.score, {name: found.statistics[name] for name in state})
+
+    def _through(self, network: ClosedForm, found: Found, back: dict[str, Tensor], at_theta: bool) -> dict[str, Tensor]:
+        """λ_k from λ_{k+1} and what was found at φ_k; at θ summed over the tasks."""
+        product = network.hessian_product(found.record, back, together=at_theta)
+        back = network.summed(back) if at_theta else back
+        return {name: torch.sub(g, product[name], alpha=self.inner_lr) for name, g in back.items()}
 
 
 def build(method: Maml, context: Context) -> MAML:

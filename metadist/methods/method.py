@@ -62,8 +62,8 @@ class SecondOrder(InnerLoop):
     order: Literal[1, 2] = Field(2, description="1 drops the second derivatives")
     recompute: bool = Field(
         False,
-        description="build the inner steps' graphs again, ⌈√K⌉ steps at a time, instead of keeping all K: less memory, "
-        "more time",
+        description="make again what inner steps keep for the way back, ⌈√K⌉ steps at a time, instead of keeping it of "
+        "all K: less memory, more time",
     )
 
     @model_validator(mode="after")

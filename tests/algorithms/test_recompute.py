@@ -12,8 +12,8 @@ from metadist.bench.memory import job
 from metadist.config import ConfigError
 from metadist.data.sources import prepare
 from metadist.engine.fit import needed
-from metadist.engine.packed import vectorised_packed
-from metadist.engine.shard import loop, vectorised
+from metadist.engine.packed import one_by_one, vectorised_packed
+from metadist.engine.shard import by_vmap, loop, vectorised
 
 METHODS = ("maml", "boil", "meta-sgd", "task-conditioned")
 IMAGE = (1, 16, 16)
@@ -35,7 +35,7 @@ def test_the_same_sums_in_both_engines(name, steps):
     theta, state = parameters(kept, IMAGE)
     batch = episodes(kept, IMAGE)
     expected = loop(for_training(kept, IMAGE), theta, state, batch, ways(kept), 0)
-    for engine in (loop, vectorised):
+    for engine in (loop, vectorised, by_vmap):
         found = engine(for_training(recomputed, IMAGE), theta, state, batch, ways(kept), 0)
         assert relative(found, expected) < 1e-12
 
@@ -68,10 +68,11 @@ def test_the_same_bits_in_closed_form(steps, weight, model):
 
 
 def test_the_same_sums_of_packed_trials():
-    kept, recomputed = both("maml", 5)
+    kept, recomputed = (config.with_values(model={"activation": "tanh"}) for config in both("maml", 5))
     theta, state = parameters(kept, IMAGE)
     batch, classes = episodes(kept, IMAGE), ways(kept)
     trials = [for_training(recomputed.with_values(algorithm={"inner_lr": rate}), IMAGE) for rate in (0.03, 0.2)]
+    assert not one_by_one(trials[0], batch)
     packed = vectorised_packed(trials, [theta] * 2, [state] * 2, batch, classes, 0)
     for rate, found in zip((0.03, 0.2), packed, strict=True):
         alone = for_training(kept.with_values(algorithm={"inner_lr": rate}), IMAGE)
