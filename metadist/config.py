@@ -205,7 +205,7 @@ class Engine(Tree):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if a worker has a GPU share")
     dtype: Literal["float32", "float64"] = Field("float32", description="of parameters and examples")
     precision: Literal["full", "tf32", "bf16"] = Field(
-        "full", description="of the factors of matrix products in float32; tf32 on cuda only"
+        "full", description="of matrix products in float32: tf32, on cuda only, rounds factors, bf16 results as well"
     )
 
     @model_validator(mode="after")

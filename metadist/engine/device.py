@@ -27,7 +27,7 @@ def settle(engine: Engine) -> torch.device:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = engine.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = False
     if engine.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("engine.device: cuda, but this process sees no GPU; valid is cpu, or reserve cluster.gpus")
     return torch.device(engine.device)
@@ -35,12 +35,17 @@ def settle(engine: Engine) -> torch.device:
 
 @contextmanager
 def precision(engine: Engine) -> Iterator[None]:
-    """Matrix products with factors rounded to bfloat16 inside the block, where the config says so."""
-    if engine.precision != "bf16":
-        yield
+    """Matrix products inside the block as the config says: of factors in TF32, or of bfloat16 altogether."""
+    if engine.precision == "bf16":
+        with torch.autocast(engine.device, torch.bfloat16, cache_enabled=False):
+            yield
         return
-    with torch.autocast(engine.device, torch.bfloat16, cache_enabled=False):
+    # Of the block and not of the process, in which engines of another precision may compute as well.
+    torch.backends.cuda.matmul.allow_tf32 = engine.precision == "tf32"
+    try:
         yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def keep_all_memory() -> None:

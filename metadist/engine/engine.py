@@ -1,6 +1,7 @@
 """All that one process needs to compute shards of one run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,9 +21,12 @@ from metadist.engine.local import descend
 from metadist.engine.program import Program
 from metadist.engine.shard import ENGINES, JUDGES
 from metadist.engine.sweep import Grid, Setting, judge_grid
+from metadist.errors import RunError
 from metadist.spans import Spans
 from metadist.tasks.episode import Episode
 from metadist.tasks.samplers import Sampler, evaluation_tasks, training_tasks
+
+Found = TypeVar("Found")
 
 Lane = dict[str, np.ndarray]
 """What a lane carries from one meta-step to the next: `memory.NAME` of a replica's optimizer, `residual.NAME`."""
@@ -96,12 +100,17 @@ class Engine:
 
     def sums(self, theta: dict[str, Tensor], state: dict[str, Tensor], step: int, shard: int) -> dict[str, Tensor]:
         """Float sums of one shard of a meta-step, by name. Raises RunError where it does not fit into memory."""
+        return self._fitting(lambda: self._sums(theta, state, step, shard))
+
+    def _fitting(self, compute: Callable[[], Found]) -> Found:
+        """What a shard's computation returns. Raises RunError where it does not fit into memory."""
         try:
-            return self._sums(theta, state, step, shard)
+            return compute()
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-        # Here the memory of what did not fit is free again.
+        # Here the memory of what did not fit is free again, but for what a program holds.
+        self.programs = self.programs and Staged(self.config, self._program)
         raise too_large(self.config, [str(table.path) for table in self.tables])
 
     def _sums(self, theta: dict[str, Tensor], state: dict[str, Tensor], step: int, shard: int) -> dict[str, Tensor]:
@@ -142,7 +151,8 @@ class Engine:
                 return self._compute(algorithm, *named(values), episodes, self.tasks.ways, 0)
 
         dtype = getattr(torch, here.engine.dtype)
-        return Program(compute, self.blueprint.values, self.blueprint.sums, dtype, self.device, self.shards)
+        layouts, profiled = (self.blueprint.values, self.blueprint.sums), here.tracking.profile
+        return Program(compute, *layouts, dtype, self.device, self.shards, self.spans, profiled)
 
     def flat(self, values: np.ndarray, step: int, shard: int) -> np.ndarray:
         """The same as one buffer [total], in the parameters' dtype, from flat θ and state."""
@@ -158,7 +168,8 @@ class Engine:
         out: int64 [total], where they may be written to.
         """
         if self.programs is not None:
-            return self.programs.at(step)(values, exponents, step, shard * self.shard_tasks)
+            program = self.programs.at(step)
+            return self._fitting(lambda: program(values, exponents, step, shard * self.shard_tasks))
         theta, state = self.blueprint.named(values, self.device)
         sums = self.sums(theta, state, step, shard)
         with self.spans.of("sum"):
@@ -232,9 +243,17 @@ class Engine:
         theta, state = self.blueprint.named(values, self.device)
         episodes = sampler.sample(judged.eval.draw, first, self.shard_tasks)
         given = (algorithm, OBJECTIVES[judged.kind], theta, state, episodes, sampler.ways)
-        with precision(self.config.engine):
-            found = judge_grid(*given, setting) if isinstance(setting, Grid) else self._judge(*given)
-        return {name: value[:tasks].double().cpu().numpy() for name, value in found.items()}
+        try:
+            with precision(self.config.engine):
+                found = judge_grid(*given, setting) if isinstance(setting, Grid) else self._judge(*given)
+            return {name: value[:tasks].double().cpu().numpy() for name, value in found.items()}
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+        raise RunError(
+            f"eval: {self.shard_tasks} tasks at once, those of a shard, do not fit into memory while they are judged; "
+            "a smaller task.shard may, or fewer eval.queries"
+        )
 
 
 def _below(prefix: str, lane: Mapping[str, Tensor]) -> dict[str, Tensor]:

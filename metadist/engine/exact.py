@@ -16,6 +16,7 @@ flipped bit moves it, and a sum's seal is the sum of its parts' seals.
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -148,19 +149,18 @@ def _rounded_into(
 
 
 class Rounded(NamedTuple):
-    """values: float64 [total], unscaled; scale: 2^e for every one of them; q: round(x · 2^e) as int64; largest: its
-    greatest magnitude in float64, NaN where one is."""
+    """values: float64 [total], unscaled; scale: 2^e for every one of them; sent: int64 [total + 1], round(x · 2^e), and
+    behind it the bits of its greatest magnitude in float64, NaN where one is."""
 
     values: Tensor
     scale: Tensor
-    q: Tensor
-    largest: Tensor
+    sent: Tensor
 
     def part(self, layout: Layout, parts: int) -> Part:
         """The part, if it fits; else what is wrong with it."""
-        bound = 2.0**HEADROOM_BITS / parts
-        if float(self.largest) <= bound:  # false for NaN
-            q = self.q.cpu().numpy()
+        here, bound = to_host(self.sent), 2.0**HEADROOM_BITS / parts
+        q, largest = here[:-1], here[-1:].view(np.float64)
+        if float(largest[0]) <= bound:  # false for NaN
             return Part(q, True, (), seal_of(q))
         finite = bool(self.values.isfinite().all())
         each = layout.split((self.values * self.scale).round_().abs())
@@ -170,9 +170,21 @@ class Rounded(NamedTuple):
 
 def rounded(layout: Layout, tensors: Mapping[str, Tensor], scale: Tensor) -> Rounded:
     """All tensors in one flat buffer, on their device; nothing is asked of it. scale: 2^e of every element."""
-    values = layout.flatten(tensors).detach().double()
+    # By type: of several, a GPU would copy each tensor by itself.
+    every = (tensors[name].detach().reshape(-1) for name in layout.names)
+    values = torch.cat([torch.cat([*same]).double() for _, same in groupby(every, lambda tensor: tensor.dtype)])
     found = (values * scale).round_()
-    return Rounded(values, scale, found.long(), found.abs().max())
+    return Rounded(values, scale, torch.cat([found.long(), found.abs().max().view(1).view(torch.int64)]))
+
+
+def to_host(sent: Tensor) -> np.ndarray:
+    """A tensor's numbers on the host, in memory of their own where they come from a GPU; waits for them."""
+    if sent.device.type != "cuda":
+        return sent.cpu().numpy()
+    here = torch.empty(sent.shape, dtype=sent.dtype, pin_memory=True)  # of torch's store; what is not pinned goes twice
+    here.copy_(sent, non_blocking=True)
+    torch.cuda.current_stream().synchronize()
+    return here.numpy()
 
 
 class Block(threading.local):

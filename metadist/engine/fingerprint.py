@@ -14,7 +14,7 @@ import torch
 from metadist.config import Config
 from metadist.data.table import Table
 
-ENGINE_VERSION = 6
+ENGINE_VERSION = 7
 """Raised with every change of the engine that changes bits."""
 
 

@@ -19,6 +19,8 @@ import torch
 from metadist.config import Config
 from metadist.errors import ConfigError, RunError
 
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+
 
 class Need(NamedTuple):
     """Of a shard of so many tasks. bytes: at most, above those of the idle process; seconds: it takes; free: bytes that
@@ -31,9 +33,10 @@ class Need(NamedTuple):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory was not there: Python's, torch's on a GPU, or torch's on a CPU, which is a
-    RuntimeError like any other."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether it says that memory was not there: Python's; torch's on a GPU; or a RuntimeError like any other, as
+    torch's is on a CPU, and CUDA's and cuBLAS's own are."""
+    told = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in told for words in OUT_OF_MEMORY)
 
 
 def too_large(config: Config, paths: Sequence[str]) -> RunError:

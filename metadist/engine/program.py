@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metadist.engine.exact import Part, Rounded, rounded, scales, tensor_of_each
 from metadist.engine.layout import Layout
+from metadist.spans import Spans
 
 WARM_UPS = 3
 """Runs before a capture, in which libraries allocate what they keep."""
@@ -24,12 +25,22 @@ Sums = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
 
 
 class Program:
-    """values: the layout of θ and state; sums: that of what a shard returns; parts: how many will be added."""
+    """values: the layout of θ and state; sums: that of what a shard returns; parts: how many will be added; profiled: a
+    GPU is waited for before the clock is read."""
 
     def __init__(
-        self, compute: Sums, values: Layout, sums: Layout, dtype: torch.dtype, device: torch.device, parts: int
+        self,
+        compute: Sums,
+        values: Layout,
+        sums: Layout,
+        dtype: torch.dtype,
+        device: torch.device,
+        parts: int,
+        spans: Spans,
+        profiled: bool = False,
     ) -> None:
         self._compute, self._layout, self._parts = compute, sums, parts
+        self._spans, self._profiled = spans, profiled
         self._values = torch.zeros(values.total, dtype=dtype, device=device)
         self._scales = torch.zeros(len(sums.names), dtype=torch.float64, device=device)
         self._tensor = tensor_of_each(sums).to(device)
@@ -39,17 +50,21 @@ class Program:
 
     def __call__(self, values: np.ndarray, exponents: np.ndarray, step: int, first: int) -> Part:
         """The integer sums of the tasks from `first` on, at flat θ and state."""
-        self._values.copy_(torch.from_numpy(np.array(values)))
-        self._scales.copy_(scales(exponents))
-        self._step.fill_(step)
-        self._first.fill_(first)
-        if self._values.device.type == "cpu":
-            outputs = self._run()
-        else:
+        with self._spans.of("transfer"):
+            self._values.copy_(_staged(values, self._values), non_blocking=True)
+            self._scales.copy_(scales(exponents))
+            self._step.fill_(step)
+            self._first.fill_(first)
+        if self._values.device.type == "cuda":
             outputs = self._outputs or self._captured()
             assert self._graph is not None
             self._graph.replay()
-        return outputs.part(self._layout, self._parts)
+            if self._profiled:
+                torch.cuda.synchronize()  # else its time would be that of the transfer, which waits for it
+        else:
+            outputs = self._run()
+        with self._spans.of("transfer"):
+            return outputs.part(self._layout, self._parts)
 
     def _run(self) -> Rounded:
         sums = self._compute(self._values, self._step, self._first)
@@ -66,3 +81,10 @@ class Program:
         with torch.cuda.graph(self._graph):
             self._outputs = self._run()
         return self._outputs
+
+
+def _staged(values: np.ndarray, there: Tensor) -> Tensor:
+    """On their way there: where a GPU reads by itself. `values` may be written over afterwards."""
+    here = torch.empty(there.shape, dtype=there.dtype, pin_memory=there.device.type == "cuda")
+    here.numpy()[:] = values
+    return here

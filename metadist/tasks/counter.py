@@ -6,7 +6,8 @@ the same numbers on CPU and GPU. The mixing function is the finaliser of SplitMi
 (Steele, Lea & Flood 2014).
 """
 
-from itertools import takewhile
+from collections import deque
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,14 +58,15 @@ def key(seed: int, *coordinates: int | Tensor, device: torch.device | str = "cpu
     """
     # Numbers are mixed as numbers as far as they go: on a device each operation is a kernel, and a copy from the host
     # cannot be part of a CUDA graph.
-    numbers = [*takewhile(lambda coordinate: isinstance(coordinate, int), coordinates)]
-    state = _mixed(seed & _WORD)
-    for number in numbers:
-        state = _mixed(state ^ (int(number) & _WORD))
-    found: int | Tensor = _signed(state)
-    for coordinate in coordinates[len(numbers) :]:
-        found = mix(found ^ (_signed(coordinate) if isinstance(coordinate, int) else coordinate))  # type: ignore[arg-type]
-    return found if isinstance(found, Tensor) else torch.full((), found, dtype=torch.int64, device=device)
+    state, left = _mixed(int(seed) & _WORD), deque(coordinates)
+    while left and not isinstance(left[0], Tensor):
+        state = _mixed(state ^ (int(left.popleft()) & _WORD))
+    if not left:
+        return torch.full((), _signed(state), dtype=torch.int64, device=device)
+    found: Any = _signed(state)
+    for coordinate in left:
+        found = mix(found ^ (coordinate if isinstance(coordinate, Tensor) else _signed(int(coordinate))))
+    return found  # type: ignore[no-any-return]
 
 
 def below(keys: Tensor, draw: int | Tensor, bound: int | Tensor) -> Tensor:
@@ -80,8 +82,9 @@ def distinct(keys: Tensor, size: Tensor, amount: int) -> Tensor:
     """`amount` distinct integers below `size`, in random order, for each key.
 
     keys: int64 [n]; size: int64 [n], each at least `amount`; returns int64 [n, amount]. A Fisher-Yates shuffle that
-    stops after `amount` swaps, all keys and all swaps at once: swap p exchanges places p and other_p ≥ p of a deck that
-    is never laid out. What a place holds is what place p held at the last swap that put something there, or its number.
+    stops after `amount` swaps, all keys and all swaps at once, amount² comparisons for a key: swap p exchanges places p
+    and other_p ≥ p of a deck that is never laid out. What a place holds is what place p held at the last swap that put
+    something there, or its number.
     """
     some = max(1, ROOM // amount**2)
     if len(keys) > some:
@@ -89,7 +92,7 @@ def distinct(keys: Tensor, size: Tensor, amount: int) -> Tensor:
         return torch.cat([distinct(*of_some, amount) for of_some in each])
     position = torch.arange(amount, device=keys.device)
     other = position + below(keys[:, None], position, size[:, None] - position)
-    earlier, small = position < position[:, None], position.to(torch.int16)
+    earlier, small = position < position[:, None], position.to(torch.int16 if amount < 1 << 15 else torch.int32)
 
     def put_by(place: Tensor) -> Tensor:
         """The last swap before the p-th that put something at a place, [amount] or [n, amount]; −1: none."""

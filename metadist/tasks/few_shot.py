@@ -89,6 +89,8 @@ class FewShot:
             torch.tensor(x, device=self.device)
             for x in (pool_first, pool_size, pool_offset, pools, list(accumulate(weights)))
         )
+        # A number on the device: by one of the host a GPU multiplies with its inverse, which a CPU does not.
+        self._white = torch.tensor(255, dtype=dtype, device=self.device)
         self._labels = torch.arange(ways, device=self.device)
         self._turned = _turned(height, width).to(self.device) if rotate else None
 
@@ -168,7 +170,7 @@ class FewShot:
                 for number, images in enumerate(self._images):
                     here = source == number
                     picked[here] = images[rows[here]]
-        return picked.to(self.dtype) / 255
+        return picked.to(self.dtype) / self._white
 
 
 def _turned(height: int, width: int) -> Tensor:

@@ -4,8 +4,20 @@ There nothing can be read, and a tensor that was left on the CPU is noticed.
 """
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+COPIES = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.Tensor.new_tensor)
+"""Copies from the host, of which no operation is seen where there is no memory to copy to."""
+
+
+class NoCopies(TorchFunctionMode):
+    """Refuses them."""
+
+    def __torch_function__(self, function, types, arguments=(), keys=None):
+        assert function not in COPIES, function
+        return function(*arguments, **(keys or {}))
 
 
 class Operations(TorchDispatchMode):

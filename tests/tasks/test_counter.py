@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,6 +56,7 @@ def test_key(seed, coordinates, last):
     expected = [key_integer(seed, *coordinates, one) for one in last]
     assert [int(k) & WORD for k in key(seed, *coordinates, torch.tensor(last))] == expected
     assert int(key(seed, *coordinates)) & WORD == key_integer(seed, *coordinates)
+    assert [int(k) & WORD for k in key(np.int64(seed), *map(np.int64, coordinates), torch.tensor(last))] == expected
 
 
 def test_key_takes_unsigned_coordinates_and_broadcasts():
