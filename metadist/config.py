@@ -742,7 +742,7 @@ def resolve(config: Config) -> Config:
     gpus, device = config.cluster.gpus, config.engine.device
     workers = max(1, config.cluster.most)
     here = config.cluster.workers == 0 or config.cluster.address == "local"
-    visible = _visible_gpus() if here and device != "cpu" else 0
+    visible = visible_gpus() if here and device != "cpu" else 0
     if device == "auto":
         device = "cuda" if (gpus != "auto" and gpus > 0) or (gpus == "auto" and visible >= workers) else "cpu"
     share = min(1.0, visible / workers) if here and visible else 1.0
@@ -766,7 +766,8 @@ def default_shard(meta_batch: int) -> int:
     return max(size for size in range(1, most + 1) if meta_batch % size == 0)
 
 
-def _visible_gpus() -> int:
+def visible_gpus() -> int:
+    """Of this machine, to this process."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metadist import __version__
-from metadist.config import Config, apply_overrides, refuse_changed_mathematics, resolve, validate
+from metadist.config import Config, apply_overrides, refuse_changed_mathematics, resolve, validate, visible_gpus
 from metadist.data.shared import check_shared, offer
 from metadist.data.sources import check as check_source
 from metadist.data.sources import prepare
@@ -68,8 +68,10 @@ def train(
     """
     path = run_dir or fresh_name(job)
     refuse_existing(path)
-    config = with_tracking(resolve(config), path)
+    asked, config = config, with_tracking(resolve(config), path)
     with Log() as log:
+        for told in left_idle(asked, config):
+            log.say(told)
         tables = checked_tables(config, log.say)
         name = run_name(path)
         runtime = (begin or start)(config, tables, None, log.say, name)
@@ -148,6 +150,26 @@ def _resume(
         runtime.close()
 
 
+def left_idle(asked: Config, config: Config) -> list[str]:
+    """What of this machine, or of the run's workers, a resolved config leaves idle and need not.
+
+    asked: the same with its `auto`s.
+    """
+    told, workers = [], config.cluster.most
+    chosen = (asked.engine.device, asked.cluster.gpus, config.engine.device) == ("auto", "auto", "cpu")
+    if chosen and config.cluster.address == "local" and (gpus := visible_gpus()):
+        told.append(
+            f"on the CPU: this machine's GPUs ({gpus}) are fewer than its workers ({workers}); "
+            "engine.device=cuda shares them out, cluster.workers=0 takes one"
+        )
+    if workers > config.lanes and config.outer.local is None:
+        told.append(
+            f"a meta-step has {config.lanes} shard{'s' if config.lanes > 1 else ''} (task.shard={config.shard}) for "
+            f"{workers} workers: with a smaller task.shard there would be one for each"
+        )
+    return told
+
+
 def with_tracking(config: Config, path: Path) -> Config:
     """The config with its tracking URI resolved for a run folder."""
     check_uri(config.tracking.uri)
@@ -176,9 +198,7 @@ def _check_gpus(config: Config) -> None:
     here = config.cluster.most > 0 and config.cluster.address == "local"
     if not here or config.engine.device != "cuda":
         return
-    import torch
-
-    there, each = torch.cuda.device_count(), float(config.cluster.gpus)
+    there, each = visible_gpus(), float(config.cluster.gpus)
     if there == 0:
         raise ConfigError("engine.device: cuda, but this machine shows no GPU; valid is cpu")
     if each * config.cluster.most > there:

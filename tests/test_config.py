@@ -29,7 +29,7 @@ from metadist.methods import Maml, ProtoNet, Reptile
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(module, "_visible_gpus", lambda: 0)
+    monkeypatch.setattr(module, "visible_gpus", lambda: 0)
 
 
 @pytest.fixture
@@ -416,7 +416,7 @@ def test_what_is_given_stays():
     (["engine.device=cuda", "cluster.gpus=0.25"], 0, "cuda", 0.25),
 ])  # fmt: skip
 def test_the_rule_for_the_device(words, gpus_here, device, gpus, monkeypatch):
-    monkeypatch.setattr(module, "_visible_gpus", lambda: gpus_here)
+    monkeypatch.setattr(module, "visible_gpus", lambda: gpus_here)
     config = resolve(config_of(*words))
     assert (config.engine.device, config.cluster.gpus) == (device, gpus)
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,10 +21,34 @@ import metadist
 import metadist.run
 from metadist.config import Config, load, resolve
 from metadist.errors import ConfigError, DataError, MetadistError, RunError
-from metadist.run import resume, train
+from metadist.run import left_idle, resume, train
 from metadist.runtime import worker
 
 Make = Callable[..., Config]
+
+
+# --- what it says before it begins -------------------------------------------------
+
+
+@pytest.mark.parametrize(("words", "gpus", "told"), [
+    ([], 1, r"^on the CPU: this machine's GPUs \(1\) are fewer than its workers \(2\); engine\.device=cuda shares"),
+    ([], 0, None), ([], 2, None),
+    (["engine.device=cpu"], 1, None), (["engine.device=cuda"], 1, None), (["cluster.gpus=0"], 1, None),
+    (["cluster.address=auto"], 1, None),
+    (["cluster.workers=4"], 0, r"^a meta-step has 2 shards \(task\.shard=2\) for 4 workers: with a smaller"),
+    (["task.shard=4"], 0, r"^a meta-step has 1 shard \(task\.shard=4\) for 2 workers"),
+    (["cluster.workers=0", "task.shard=4"], 0, None),
+    (["outer.local={steps: 2, replicas: 1}"], 0, None),
+])  # fmt: skip
+def test_what_is_left_idle_is_told(
+    words: list[str], gpus: int, told: str | None, tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (metadist.config, metadist.run):
+        monkeypatch.setattr(module, "visible_gpus", lambda: gpus)
+    asked = tiny("task.meta_batch=4", "task.shard=2", "cluster.workers=2", "engine.device=auto", *words)
+    found = left_idle(asked, resolve(asked))
+    assert len(found) == (told is not None)
+    assert told is None or re.search(told, found[0])
 
 
 # --- what a run leaves behind ------------------------------------------------------

@@ -1,7 +1,6 @@
 """The engines beside one another on the same shards: tasks per second, where a shard's time goes, memory.
 
-On one core; where there is a GPU also there, with the CUDA graph, beside learn2learn on the same GPU at meta-batch 32,
-and the MAML paper's Omniglot recipe as whole meta-steps. A GPU is waited for before a clock is read.
+On one core; where there is a GPU, first of all there (`gpu.py`).
 """
 
 import multiprocessing
@@ -16,22 +15,18 @@ from typing import Any
 
 import torch
 
-from metadist.bench.contenders import learn2learn, meta_gradient, peer
+from metadist.bench import gpu
 from metadist.bench.peers import CASES, job
-from metadist.bench.record import Row
+from metadist.bench.record import Row, rates_rows
 from metadist.config import Config
 from metadist.data.sources import prepare
 from metadist.data.table import Table
 from metadist.engine.engine import Engine
 from metadist.engine.exact import first_exponents, quantise
 from metadist.engine.shard import Sums, by_vmap, loop, vectorised
-from metadist.runtime.in_process import InProcess
 
 TURNS = 5
 SHARD, META_BATCH = 8, 32
-STEPS = 300
-"""Meta-steps of the recipe that are timed."""
-RECIPE_STEPS = 60_000
 
 ENGINES: dict[str, Callable[..., Sums]] = {"loop": loop, "vmap": by_vmap, "closed form": vectorised}
 """What is compared; with a GPU also the closed form as a CUDA graph."""
@@ -40,15 +35,14 @@ ENGINES: dict[str, Callable[..., Sums]] = {"loop": loop, "vmap": by_vmap, "close
 def run(say: Callable[[str], None]) -> list[Row]:
     """The suite; some four minutes on one core."""
     table = prepare(shard_job("c", 2).data.sources[0], say)
-    rows: list[Row] = []
+    rows = gpu.rows(table, say) if torch.cuda.is_available() else list[Row]()
+    if not rows:
+        say("no GPU here: neither the CUDA graph nor the recipe on it is measured")
     for case in CASES:
         for order in (2, 1):
             rows += engine_rows(case, order, table, TURNS, say)
         rows += phase_rows(case, table, TURNS)
         rows += memory_rows(case, say)
-    if torch.cuda.is_available():
-        return [*rows, *gpu_rows(table, say)]
-    say("no GPU here: neither the CUDA graph nor the recipe on it is measured")
     return rows
 
 
@@ -65,7 +59,7 @@ def engine_rows(case: str, order: int, table: Table, turns: int, say: Callable[[
     rates = {name: [SHARD / seconds for seconds in found] for name, found in spent.items()}
     what = f"({case}) order {order}"
     say(f"{what}: " + ", ".join(f"{name} {statistics.median(found):.1f}" for name, found in rates.items()) + " tasks/s")
-    return _rates(rates, what, "vmap")
+    return rates_rows(rates, what, "vmap")
 
 
 def one_shard(engine: Engine, compute: Callable[..., Sums]) -> Sums:
@@ -129,72 +123,6 @@ def _largest() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
-# --- on a GPU
-
-
-def gpu_rows(table: Table, say: Callable[[str], None]) -> list[Row]:
-    """Case (c) at meta-batch 32 in one shard: precisions, without a graph, learn2learn; and the recipe's meta-steps."""
-    rows: list[Row] = []
-    for order in (2, 1):
-        config = job("c", order).with_values(task={"meta_batch": META_BATCH, "shard": META_BATCH})
-        on_gpu = config.with_values(engine={"device": "cuda"}, cluster={"gpus": 1.0})
-        each: dict[str, Callable[[], object]] = {}
-        for precision in ("full", "tf32", "bf16"):
-            engine = Engine(on_gpu.with_values(engine={"mode": "graph", "precision": precision}), [table])
-            each[f"graph, {precision}"] = partial(_part, engine)
-        each["closed form"] = partial(_part, Engine(on_gpu, [table]))
-        baseline = "closed form"
-        try:
-            peer("learn2learn")
-            each["learn2learn"] = _learn2learn(on_gpu, table)
-            baseline = "learn2learn"
-        except ImportError as error:
-            say(f"learn2learn is left out: {error}; `make peers` installs it")
-        spent = in_turn(each, TURNS)
-        rates = {name: [META_BATCH / seconds for seconds in found] for name, found in spent.items()}
-        rows += _rates(rates, f"(c) order {order}, GPU, meta-batch {META_BATCH}", baseline)
-    return [*rows, *recipe_rows(table)]
-
-
-def recipe_rows(table: Table) -> list[Row]:
-    """The MAML paper's Omniglot 5-way 1-shot as whole meta-steps on the GPU, aggregator and outer step and all."""
-    config = job("c", 2).with_values(
-        task={"meta_batch": META_BATCH, "shard": META_BATCH},
-        engine={"device": "cuda", "mode": "graph"},
-        cluster={"workers": 0, "gpus": 1.0},
-    )
-    runtime, seconds = InProcess(config, [table], None), []
-    for step in range(2 * STEPS):
-        began = time.perf_counter()
-        runtime.begin(step)
-        runtime.finish(step)
-        runtime.apply(step)()
-        seconds.append(time.perf_counter() - began)
-    runtime.close()
-    step_seconds = statistics.median(seconds[STEPS:])
-    return [
-        Row("meta-step of the recipe, GPU", 1000 * step_seconds, "ms", None, None, STEPS),
-        Row(f"{RECIPE_STEPS:,} of them", step_seconds * RECIPE_STEPS / 60, "minutes", None, None, STEPS),
-    ]
-
-
-def _part(engine: Engine) -> object:
-    """A shard from flat θ to integers on the host, for which the host waits."""
-    return engine.part(engine.blueprint.initial(), first_exponents(engine.blueprint.sums), 0, 0)
-
-
-def _learn2learn(config: Config, table: Table) -> Callable[[], object]:
-    engine = Engine(config, [table])
-    theta = {name: value.to(engine.device) for name, value in engine.blueprint.theta.items()}
-    gradient, episodes = meta_gradient(learn2learn, config, theta), engine.tasks.sample(0, 0, META_BATCH)
-
-    def found() -> None:
-        gradient(episodes)
-        torch.cuda.synchronize()
-
-    return found
-
-
 def in_turn(each: dict[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
     """Seconds of each, turn by turn, behind one that warms up."""
     spent: dict[str, list[float]] = {name: [] for name in each}
@@ -204,15 +132,3 @@ def in_turn(each: dict[str, Callable[[], object]], turns: int) -> dict[str, list
             one()
             spent[name] += [time.perf_counter() - began] if turn else []
     return spent
-
-
-def _rates(rates: dict[str, list[float]], what: str, baseline: str) -> list[Row]:
-    rows = []
-    for name, found in rates.items():
-        ratio = statistics.median(a / b for a, b in zip(found, rates[baseline], strict=True))
-        other = name != baseline
-        to = f"{baseline} {what}" if other else None
-        rows.append(
-            Row(f"{name} {what}", statistics.median(found), "tasks/s", to, ratio if other else None, len(found))
-        )
-    return rows

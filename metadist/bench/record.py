@@ -1,6 +1,8 @@
 """What a suite found: rows for a person, a machine and a plot."""
 
 import json
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,19 @@ def save(out: Path, suite: str, rows: list[Row]) -> list[Path]:
     write(out / "bench.parquet", sink.getvalue().to_pybytes())
     _plot(out / "bench.png", suite, rows)
     return [out / name for name in ("bench.json", "bench.parquet", "bench.png")]
+
+
+def rates_rows(rates: Mapping[str, Sequence[float]], what: str, baseline: str) -> list[Row]:
+    """Tasks per second, turn by turn, of several on the same shards: medians, and ratios within a turn."""
+    rows = []
+    for name, found in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(found, rates[baseline], strict=True))
+        other = name != baseline
+        to = f"{baseline} {what}" if other else None
+        rows.append(
+            Row(f"{name} {what}", statistics.median(found), "tasks/s", to, ratio if other else None, len(found))
+        )
+    return rows
 
 
 def _plot(path: Path, suite: str, rows: list[Row]) -> None:

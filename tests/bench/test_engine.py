@@ -2,6 +2,7 @@
 
 import torch
 
+from metadist.bench import gpu
 from metadist.bench.engine import ENGINES, engine_rows, one_shard, phase_rows, shard_job
 from metadist.data.sources import prepare
 from metadist.engine.engine import Engine
@@ -25,3 +26,16 @@ def test_all_engines_compute_the_same():
     for sums in found.values():
         for name, value in found["loop"].items():
             torch.testing.assert_close(sums[name], value, rtol=1e-9, atol=1e-11)
+
+
+def test_what_is_measured_on_a_gpu_runs_on_a_cpu_too():
+    told = []
+    table = prepare(shard_job("c", 1).data.sources[0])
+    rows = gpu.rows(table, told.append, "cpu", ("full", "tf32", "bf16"), calls=1, steps=6, turns=1)
+    names = [row.name for row in rows]
+    for order in (2, 1):
+        for contender in ("graph, full", "graph, bf16", "closed form"):
+            assert f"{contender} (c) order {order}, cpu, meta-batch 32" in names
+    assert names[-2:] == ["meta-step of the recipe, cpu", "60,000 of them in a run, by 4"]
+    assert all(row.value > 0 for row in rows)
+    assert rows[-1].value >= rows[-2].value

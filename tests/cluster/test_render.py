@@ -121,7 +121,7 @@ def test_this_machines_gpus_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> No
     """A job whose device is auto computes where the cluster says, not as on the machine where it is rendered."""
     import metadist.config
 
-    monkeypatch.setattr(metadist.config, "_visible_gpus", lambda: 8)
+    monkeypatch.setattr(metadist.config, "visible_gpus", lambda: 8)
     assert demand(["quickstart"]).gpus == 0
 
 

@@ -96,7 +96,7 @@ def test_the_packaged_search(tmp_path: Path) -> None:
 def test_trials_at_once_share_the_gpus(
     job_file: Path, tmp_path: Path, refused: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("metadist.config._visible_gpus", lambda: 1)
+    monkeypatch.setattr("metadist.config.visible_gpus", lambda: 1)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     for overrides, share in (([], 0.5), (["search.concurrent=4"], 0.25), (["cluster.workers=2"], 0.25)):
         job = load_search(job_file, ["engine.device=cuda", *overrides])

@@ -61,9 +61,9 @@ def test_the_driver_is_inside_of_the_cluster(tiny_job: Path, monkeypatch: pytest
     for name in (str(tiny_job), "search-inner-loop"):
         for workers in (0, 2):
             words = [name, f"cluster.workers={workers}", "engine.device=auto"]
-            monkeypatch.setattr("metadist.config._visible_gpus", lambda: 0)
+            monkeypatch.setattr("metadist.config.visible_gpus", lambda: 0)
             sent = submission(words)
-            monkeypatch.setattr("metadist.config._visible_gpus", lambda: 8)
+            monkeypatch.setattr("metadist.config.visible_gpus", lambda: 8)
             assert submission(words) == sent
             assert sent.job is not None
             told = yaml.safe_load(sent.job)
