@@ -23,7 +23,7 @@ from metadist.engine.shard import ENGINES, JUDGES
 from metadist.engine.sweep import Grid, Setting, judge_grid
 from metadist.errors import RunError
 from metadist.spans import Spans
-from metadist.tasks.episode import Episode
+from metadist.tasks.episode import Drawn, Episode
 from metadist.tasks.samplers import Sampler, evaluation_tasks, training_tasks
 
 Found = TypeVar("Found")
@@ -144,15 +144,17 @@ class Engine:
         """A stage's shard."""
         algorithm, named = algorithms.for_training(here, self.tasks.shape, self.tasks.classes), self.blueprint.by_name
 
-        def compute(values: Tensor, step: Tensor, first: Tensor) -> dict[str, Tensor]:
+        def draw(steps: Tensor, first: Tensor) -> Drawn:
+            return self.tasks.draw(steps, first, self.shard_tasks)
+
+        def compute(values: Tensor, drawn: Drawn) -> dict[str, Tensor]:
             with precision(here.engine):
-                episodes = self.tasks.sample(step, first, self.shard_tasks)
                 # No method that a program is made of reads the number of the meta-step.
-                return self._compute(algorithm, *named(values), episodes, self.tasks.ways, 0)
+                return self._compute(algorithm, *named(values), self.tasks.show(drawn), self.tasks.ways, 0)
 
         dtype = getattr(torch, here.engine.dtype)
         layouts, profiled = (self.blueprint.values, self.blueprint.sums), here.tracking.profile
-        return Program(compute, *layouts, dtype, self.device, self.shards, self.spans, profiled)
+        return Program(draw, compute, *layouts, dtype, self.device, self.shards, self.spans, profiled)
 
     def flat(self, values: np.ndarray, step: int, shard: int) -> np.ndarray:
         """The same as one buffer [total], in the parameters' dtype, from flat θ and state."""

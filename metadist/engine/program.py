@@ -1,13 +1,13 @@
 """One shard, from θ to its integer sums, as one program over buffers that stay (`engine.mode: graph`).
 
-Tasks are sampled on the device, from a data set in its memory and with the meta-step and the shard as tensors; then
-the inner loop, the queries' loss, the meta-gradient and the exact sum. Nothing in between asks the host anything. On
-a GPU the program is captured once as a CUDA graph and replayed for every shard; on a CPU the same function runs over
-the same buffers. What goes in is θ, a scale for every tensor and two numbers; what comes out is copied to the host
-once.
+Tasks are drawn on the device, those of some meta-steps at once, and shown from a data set in its memory; then the
+inner loop, the queries' loss, the meta-gradient and the exact sum. Nothing in between asks the host anything. On a GPU
+both parts are captured once as CUDA graphs, the second one replayed for every shard; on a CPU the same functions run
+over the same buffers. What goes in is θ and a scale for every tensor; what comes out is copied to the host once.
 """
 
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -16,12 +16,21 @@ from torch import Tensor
 from metadist.engine.exact import Part, Rounded, rounded, scales, tensor_of_each
 from metadist.engine.layout import Layout
 from metadist.spans import Spans
+from metadist.tasks.episode import Drawn
 
 WARM_UPS = 3
 """Runs before a capture, in which libraries allocate what they keep."""
 
-Sums = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
-"""Flat θ and state, step and first task, int64 scalars, → a shard's sums by name."""
+AHEAD = 16
+"""Meta-steps whose tasks are drawn at once: it takes as many kernels as for one."""
+
+Draw = Callable[[Tensor, Tensor], Drawn]
+"""Steps, int64 [steps, 1], and first task, an int64 scalar → the tasks of a shard in each, one behind the other."""
+
+Sums = Callable[[Tensor, Drawn], dict[str, Tensor]]
+"""Flat θ and state, and a shard's tasks → its sums by name."""
+
+Outputs = TypeVar("Outputs")
 
 
 class Program:
@@ -30,6 +39,7 @@ class Program:
 
     def __init__(
         self,
+        draw: Draw,
         compute: Sums,
         values: Layout,
         sums: Layout,
@@ -44,43 +54,71 @@ class Program:
         self._values = torch.zeros(values.total, dtype=dtype, device=device)
         self._scales = torch.zeros(len(sums.names), dtype=torch.float64, device=device)
         self._tensor = tensor_of_each(sums).to(device)
-        self._step, self._first = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._outputs: Rounded | None = None
+        self._counted = torch.arange(AHEAD, device=device)[:, None]
+        self._steps, self._first = self._counted.clone(), torch.zeros((), dtype=torch.int64, device=device)
+        self._draw = Captured(lambda: draw(self._steps, self._first), device)
+        self._run = Captured(self.outputs, device)
+        self._ahead: dict[tuple[int, int], Drawn] = {}
+        self._tasks: Drawn = {}
 
     def __call__(self, values: np.ndarray, exponents: np.ndarray, step: int, first: int) -> Part:
         """The integer sums of the tasks from `first` on, at flat θ and state."""
         with self._spans.of("transfer"):
             self._values.copy_(_staged(values, self._values), non_blocking=True)
             self._scales.copy_(scales(exponents))
-            self._step.fill_(step)
-            self._first.fill_(first)
-        if self._values.device.type == "cuda":
-            outputs = self._outputs or self._captured()
-            assert self._graph is not None
-            self._graph.replay()
-            if self._profiled:
-                torch.cuda.synchronize()  # else its time would be that of the transfer, which waits for it
-        else:
-            outputs = self._run()
+        with self._spans.of("sampling"):
+            self.take(step, first)
+        outputs = self._run()
+        if self._profiled and self._values.device.type == "cuda":
+            torch.cuda.synchronize()  # else its time would be that of the transfer, which waits for it
         with self._spans.of("transfer"):
             return outputs.part(self._layout, self._parts)
 
-    def _run(self) -> Rounded:
-        sums = self._compute(self._values, self._step, self._first)
-        return rounded(self._layout, sums, self._scales[self._tensor])
+    def take(self, step: int, first: int) -> None:
+        """Have a step's tasks, from `first` on, where a shard reads them."""
+        block, place = divmod(step, AHEAD)
+        if (block, first) not in self._ahead:
+            self._steps.copy_(self._counted + AHEAD * block)
+            self._first.fill_(first)
+            drawn = {name: value.clone().view(AHEAD, -1, *value.shape[1:]) for name, value in self._draw().items()}
+            self._ahead = {at: kept for at, kept in self._ahead.items() if at[0] == block} | {(block, first): drawn}
+        for name, each in self._ahead[block, first].items():
+            if name in self._tasks:
+                self._tasks[name].copy_(each[place])
+            else:
+                self._tasks[name] = each[place].clone()
 
-    def _captured(self) -> Rounded:
+    def outputs(self) -> Rounded:
+        """Of the tasks that were taken."""
+        return rounded(self._layout, self._compute(self._values, self._tasks), self._scales[self._tensor])
+
+
+class Captured(Generic[Outputs]):
+    """A function of buffers that stay: on a GPU captured at its first call, and its outputs stay as well."""
+
+    def __init__(self, function: Callable[[], Outputs], device: torch.device) -> None:
+        self._function, self._device = function, device
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> Outputs:
+        if self._device.type != "cuda":
+            return self._function()
+        if self._graph is None:
+            self._graph, self._outputs = self._captured()
+        self._graph.replay()
+        return self._outputs
+
+    def _captured(self) -> tuple[torch.cuda.CUDAGraph, Outputs]:
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(WARM_UPS):
-                self._run()
+                self._function()
         torch.cuda.current_stream().wait_stream(aside)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._outputs = self._run()
-        return self._outputs
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = self._function()
+        return graph, outputs
 
 
 def _staged(values: np.ndarray, there: Tensor) -> Tensor:

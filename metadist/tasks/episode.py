@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+Drawn = dict[str, Tensor]
+"""What tasks were drawn, with a leading task axis, before there is an example of them."""
+
 
 class Examples(NamedTuple):
     """A support or a query set.

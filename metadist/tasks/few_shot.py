@@ -16,7 +16,7 @@ from torch import Tensor
 from metadist.data.table import Table
 from metadist.errors import DataError
 from metadist.tasks.counter import Counter, below, distinct, key
-from metadist.tasks.episode import Episode, Examples
+from metadist.tasks.episode import Drawn, Episode, Examples
 
 SPLITS = {"train": 0, "val": 1, "test": 2}
 
@@ -99,10 +99,17 @@ class FewShot:
 
         Shapes [tasks, ways] and [tasks, ways, shots + queries].
         """
-        return self._drawn(step, first, tasks)[:2]
+        drawn = self.draw(step, first, tasks)
+        return drawn["classes"], drawn["rows"]
 
-    def _drawn(self, step: Counter, first: Counter, tasks: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Classes, rows and the pool, int64 [tasks], that the classes come from."""
+    def draw(self, step: Counter, first: Counter, tasks: int) -> Drawn:
+        """Of tasks first … first+tasks−1 of a meta-step, int64: classes [tasks, ways]; rows of their tables,
+        [tasks, ways, shots + queries]; the pool, [tasks], that the classes come from; with `rotate` quarter turns of
+        each class, [tasks, ways], in [0, 4).
+
+        step, first: numbers, or int64 scalars on the device, for which nothing is copied to it or from it; or step
+        int64 [steps, 1], for the tasks of several steps, one step's behind the other's.
+        """
         task = self._keys(step, first, tasks)
         pool = self._pool(task)
         size = self._pool_size[pool]
@@ -111,8 +118,9 @@ class FewShot:
         example = key_of(key_of(task, _EXAMPLES)[:, None], way).flatten()
         amount = self.shots + self.queries
         rows = distinct(example, self._count[classes.flatten()], amount)
-        rows = rows.view(tasks, self.ways, amount)
-        return classes, self._start[classes][..., None] + rows, pool
+        rows = self._start[classes][..., None] + rows.view(*classes.shape, amount)
+        turned = {"turns": below(key_of(task, _TURNS)[:, None], way, 4)} if self._turned is not None else {}
+        return {"classes": classes, "rows": rows, "pool": pool} | turned
 
     def _pool(self, task: Tensor) -> Tensor:
         """Which one each task's classes come from; where there is only one, nothing is drawn."""
@@ -123,19 +131,22 @@ class FewShot:
         return self._pool_offset[source] + below(key_of(task, _POOL), 0, self._pools[source])
 
     def sample(self, step: Counter, first: Counter, tasks: int) -> Episode:
-        """Tasks first … first+tasks−1 of a meta-step as one batch with a leading task axis.
+        """Tasks first … first+tasks−1 of a meta-step as one batch with a leading task axis, as `draw` draws them."""
+        return self.show(self.draw(step, first, tasks))
 
-        step, first: numbers, or int64 scalars on the device, for which nothing is copied to it or from it.
+    def show(self, drawn: Drawn) -> Episode:
+        """The tasks that were drawn.
+
         support.x: [tasks, ways·shots, channels, height, width] in [0, 1], of `dtype`;
         query likewise; the examples stand shot by shot.
         """
-        classes, rows, pool = self._drawn(step, first, tasks)
-        rows = rows.transpose(1, 2)  # shot by shot
+        classes, tasks = drawn["classes"], len(drawn["classes"])
+        rows = drawn["rows"].transpose(1, 2)  # shot by shot
         x = self._pixels(classes, rows)
         if self._turned is not None:
             x = (
                 x.flatten(-2)
-                .gather(-1, self._turned[self.turns(step, first, tasks)][:, None, :, None].expand(*x.shape[:-2], -1))
+                .gather(-1, self._turned[drawn["turns"]][:, None, :, None].expand(*x.shape[:-2], -1))
                 .view_as(x)
             )
         y = self._labels.expand(tasks, self.shots + self.queries, self.ways)
@@ -144,18 +155,12 @@ class FewShot:
             Examples(x[:, :cut].flatten(1, 2), y[:, :cut].flatten(1, 2)),
             Examples(x[:, cut:].flatten(1, 2), y[:, cut:].flatten(1, 2)),
             classes,
-            pool,
+            drawn["pool"],
         )
-
-    def turns(self, step: Counter, first: Counter, tasks: int) -> Tensor:
-        """Quarter turns of each class with `rotate`, int64 [tasks, ways] in [0, 4)."""
-        task = self._keys(step, first, tasks)
-        way = torch.arange(self.ways, device=self.device)
-        return below(key_of(task, _TURNS)[:, None], way, 4)
 
     def _keys(self, step: Counter, first: Counter, tasks: int) -> Tensor:
         number = first + torch.arange(tasks, device=self.device)
-        return key(self.seed, SPLITS[self.split], step, number, device=self.device)
+        return key(self.seed, SPLITS[self.split], step, number, device=self.device).flatten()
 
     def _pixels(self, classes: Tensor, rows: Tensor) -> Tensor:
         """classes: [tasks, ways]; rows: [tasks, …, ways] of their tables."""

@@ -8,7 +8,7 @@ import torch
 from metadist.config import Config
 from metadist.data.table import Table
 from metadist.tasks.counter import Counter
-from metadist.tasks.episode import Episode
+from metadist.tasks.episode import Drawn, Episode
 from metadist.tasks.few_shot import FewShot
 from metadist.tasks.sinusoid import Sinusoid
 
@@ -34,6 +34,14 @@ class Sampler(Protocol):
 
     def sample(self, step: Counter, first: Counter, tasks: int) -> Episode:
         """Tasks first … first+tasks−1 of a meta-step as one batch with a leading task axis."""
+        ...
+
+    def draw(self, step: Counter, first: Counter, tasks: int) -> Drawn:
+        """What they are, small; step: also int64 [steps, 1], for those of several."""
+        ...
+
+    def show(self, drawn: Drawn) -> Episode:
+        """What `sample` returns of them."""
         ...
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metadist.tasks.counter import Counter, below, key
-from metadist.tasks.episode import Episode, Examples
+from metadist.tasks.episode import Drawn, Episode, Examples
 from metadist.tasks.few_shot import SPLITS, key_of
 
 AMPLITUDE = (0.1, 5.0)
@@ -52,9 +52,19 @@ class Sinusoid:
 
     def sample(self, step: Counter, first: Counter, tasks: int) -> Episode:
         """Tasks first … first+tasks−1 of a meta-step; support.x and support.y: [tasks, shots, 1], query likewise."""
+        return self.show(self.draw(step, first, tasks))
+
+    def draw(self, step: Counter, first: Counter, tasks: int) -> Drawn:
+        """Their amplitudes and phases, float64 [tasks], and inputs, [tasks, shots + queries]; step, first: as in
+        `FewShot.draw`."""
         amplitude, phase = self.curves(step, first, tasks)
         number = torch.arange(self.shots + self.queries, device=self.device)
         x = _uniform(below(key_of(self._keys(step, first, tasks), _INPUT)[:, None], number, _FINE), INPUT)
+        return {"amplitude": amplitude, "phase": phase, "x": x}
+
+    def show(self, drawn: Drawn) -> Episode:
+        """The tasks that were drawn."""
+        amplitude, phase, x = drawn["amplitude"], drawn["phase"], drawn["x"]
         y = amplitude[:, None] * torch.sin(x - phase[:, None])
         x, y = x[..., None].to(self.dtype), y[..., None].to(self.dtype)
         family = (phase * (FAMILIES / math.pi)).long().clamp(max=FAMILIES - 1)
@@ -62,13 +72,13 @@ class Sinusoid:
         return Episode(
             Examples(x[:, :cut], y[:, :cut]),
             Examples(x[:, cut:], y[:, cut:]),
-            torch.zeros(tasks, 1, dtype=torch.int64, device=self.device),
+            torch.zeros(len(x), 1, dtype=torch.int64, device=self.device),
             family,
         )
 
     def _keys(self, step: Counter, first: Counter, tasks: int) -> Tensor:
         number = first + torch.arange(tasks, device=self.device)
-        return key(self.seed, SPLITS[self.split], step, number, device=self.device)
+        return key(self.seed, SPLITS[self.split], step, number, device=self.device).flatten()
 
 
 def _uniform(draw: Tensor, bounds: tuple[float, float]) -> Tensor:

@@ -34,7 +34,7 @@ def engine(mode: str, device: str = "cpu", **sections) -> Engine:
     return Engine(config, [prepare(source) for source in config.data.sources])
 
 
-def parts(one: Engine, steps=(0, 1, 7)) -> list[np.ndarray]:
+def parts(one: Engine, steps=(0, 1, 7, 40, 2)) -> list[np.ndarray]:
     exponents = first_exponents(one.blueprint.sums)
     values = one.blueprint.initial()
     found = [one.part(values * (1 + 0.01 * step), exponents, step, shard) for step in steps for shard in (0, 1)]
@@ -70,7 +70,10 @@ def test_tasks_are_sampled_by_tensors_as_by_numbers():
     tasks = engine("graph", task={"meta_batch": 8, "shard": 4, "rotate": False}).tasks
     by_number = tasks.sample(3, 4, 4)
     by_tensor = tasks.sample(torch.tensor(3), torch.tensor(4), 4)
-    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(by_number), tree_leaves(by_tensor), strict=True))
+    of_steps = tasks.draw(torch.tensor([[2], [3]]), torch.tensor(4), 4)
+    of_third = tasks.show({name: value[4:] for name, value in of_steps.items()})
+    for found in (by_tensor, of_third):
+        assert all(torch.equal(a, b) for a, b in zip(tree_leaves(by_number), tree_leaves(found), strict=True))
 
 
 CAPTURED = {
@@ -99,7 +102,8 @@ def test_a_program_asks_the_host_nothing(keys):
     one.tasks = training_tasks(one.config, one.tables, one.device)
     program = one._program(one.config)
     with Operations("meta", scalars=False) as operations, NoCopies():
-        outputs = program._run()
+        program.take(3, 4)
+        outputs = program.outputs()
     assert outputs.sent.shape == (one.blueprint.sums.total + 1,)
     assert not [name for name in operations.names if any(word in name for word in UNCAPTURED)]
 

@@ -316,7 +316,7 @@ def test_with_rotate_each_class_is_turned_as_a_whole():
     table = square_table()
     still, turning = few_shot(table), few_shot(table, rotate=True)
     assert torch.equal(still.indices(3, 2, 10)[1], turning.indices(3, 2, 10)[1])
-    plain, turned, turns = still.sample(3, 2, 10), turning.sample(3, 2, 10), turning.turns(3, 2, 10)
+    plain, turned, turns = still.sample(3, 2, 10), turning.sample(3, 2, 10), turning.draw(3, 2, 10)["turns"]
     for side in (0, 1):
         for task in range(10):
             for x, y, expected in zip(turned[side].x[task], turned[side].y[task], plain[side].x[task], strict=True):
@@ -325,7 +325,7 @@ def test_with_rotate_each_class_is_turned_as_a_whole():
 
 def test_turns_follow_the_rule_and_are_equally_likely():
     sampler = few_shot(square_table(), rotate=True)
-    turns = sampler.turns(7, 4, 5000)
+    turns = sampler.draw(7, 4, 5000)["turns"]
     for i in (0, 1, 77):
         stream = chain(0, chain(5, 0, 7, 4 + i), 4)
         assert turns[i].tolist() == [draw(stream, way, 4) for way in range(3)]
