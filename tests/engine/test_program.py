@@ -134,6 +134,16 @@ def test_a_captured_graph_gives_the_bits_of_its_shard(precision):
 
 
 @needs_gpu
+def test_engines_of_several_precisions_compute_in_one_process():
+    three = ("tf32", "bf16", "full")
+    modes = {precision: engine("graph", "cuda", engine={"precision": precision}) for precision in three}
+    found = {precision: np.concatenate(parts(one)) for precision, one in modes.items()}
+    alone = np.concatenate(parts(engine("graph", "cuda")))
+    np.testing.assert_array_equal(found["full"], alone)
+    assert not any(np.array_equal(found[other], alone) for other in ("tf32", "bf16"))
+
+
+@needs_gpu
 def test_gpu_and_cpu_agree_in_float64():
     keys = {"engine": {"dtype": "float64"}}
     here, there = (engine("vectorised", device, **keys) for device in ("cpu", "cuda"))
