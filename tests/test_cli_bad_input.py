@@ -228,7 +228,7 @@ def test_nothing_listens(train: Refused, scheme: str, free_port: Callable[[], in
 
 @pytest.mark.parametrize(
     ("scheme", "timeout"),
-    [("", 8), pytest.param("ray://", 60, marks=pytest.mark.chaos, id="by Ray Client, which tries for half a minute")],
+    [("", 4), pytest.param("ray://", 60, marks=pytest.mark.chaos, id="by Ray Client, which tries for half a minute")],
 )
 def test_something_listens_that_is_no_cluster(
     start_cli: Refused, tiny_job: Path, tmp_path: Path, silent: int, scheme: str, timeout: int

@@ -26,8 +26,10 @@ LEAST = 2
 def on_cores(work: Callable[[Item], Done], items: Iterable[Item]) -> list[Done]:
     """What the work returns of every item, in their order. To be called with one thread of torch's (`one_thread`)."""
     todo = deque(enumerate(items))
-    done: dict[int, Done] = {}
     others = min(_cores(), len(todo) // LEAST) - 1
+    if others < 1:
+        return [work(item) for _, item in todo]
+    done: dict[int, Done] = {}
 
     def take() -> None:
         while True:

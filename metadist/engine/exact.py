@@ -279,11 +279,13 @@ def next_exponents(layout: Layout, exponents: np.ndarray, largest: Sequence[int]
 
     A tensor whose sum is zero was zero, or too small for its exponent: it becomes finer.
     """
-    result = exponents.copy()
-    for index, (size, one) in enumerate(zip(layout.sizes, largest, strict=True)):
+
+    def following(exponent: int, size: int, one: int) -> int:
         if one:
-            result[index] += TARGET_BITS - one.bit_length()
+            exponent += TARGET_BITS - one.bit_length()
         elif size:
-            result[index] = max(result[index], min(result[index] + FINER_BITS, FINEST))
-    np.clip(result, LOWEST, HIGHEST, out=result)
-    return result
+            exponent = max(exponent, min(exponent + FINER_BITS, FINEST))
+        return min(max(exponent, LOWEST), HIGHEST)
+
+    each = zip(exponents.tolist(), layout.sizes, largest, strict=True)
+    return np.array([following(*tensor) for tensor in each], dtype=np.int64)

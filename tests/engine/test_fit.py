@@ -4,11 +4,17 @@ import re
 import resource
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import torch
 
 from metadist.config import Config, resolve, validate
+from metadist.data.sources import prepare
+from metadist.engine.engine import Engine
+from metadist.engine.exact import first_exponents
 from metadist.engine.fit import Need, largest, misfit, smallest
+from metadist.errors import RunError
 
 LIMITED = """
 import resource, sys
@@ -59,6 +65,30 @@ def test_a_shard_that_does_not_fit_is_told_with_the_largest_that_does() -> None:
     assert limited(int(told[1])) == "fits"
 
 
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+], ids=lambda error: str(error)[:30])  # fmt: skip
+def test_a_program_and_a_judgement_that_do_not_fit_are_told_too(error: Exception, monkeypatch: Any) -> None:
+    config = resolve(validate({"engine": {"mode": "graph", "device": "cpu"}, "task": {"shard": 2}}, "test"))
+    one = Engine(config, [prepare(config.data.sources[0])])
+    values, exponents = one.blueprint.initial(), first_exponents(one.blueprint.sums)
+
+    def fails(*given: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("metadist.engine.engine.too_large", lambda config, paths: RunError("the largest is 1"))
+    with monkeypatch.context() as patch:
+        patch.setattr(one, "_compute", fails)
+        patch.setattr(one, "_judge", fails)
+        with pytest.raises(RunError, match="the largest is 1"):
+            one.part(values, exponents, 0, 0)
+        with pytest.raises(RunError, match=r"^eval: 2 tasks at once, .* smaller task\.shard"):
+            one.judge(values, config, "val", 0, 2)
+    assert one.part(values, exponents, 0, 0).fits, "nothing of what failed is left"
+
+
 @pytest.mark.parametrize(("free", "expected"), [(0, 0), (110, 1), (130, 2), (184, 4), (185, 6), (1e9, 12)])
 def test_memory_grows_by_the_same_amount_with_every_task(free: float, expected: int) -> None:
     needs = [Need(1, 110, 0.0, 0), Need(2, 125, 0.0, 0)]
@@ -68,8 +98,6 @@ def test_memory_grows_by_the_same_amount_with_every_task(free: float, expected: 
 @pytest.mark.chaos
 def test_where_processes_died_and_a_shard_fits_it_was_not_the_memory(tiny) -> None:  # type: ignore[no-untyped-def]
     config: Config = resolve(tiny("engine.device=cpu"))
-    from metadist.data.sources import prepare
-
     assert misfit(config, [str(prepare(config.data.sources[0]).path)], 1) is None
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
