@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from metadist.algorithms import for_training
 from metadist.bench.contenders import CONTENDERS, meta_gradient, peer, plain
-from metadist.bench.record import Row
+from metadist.bench.record import Row, rates_rows
 from metadist.config import Config, resolve
 from metadist.data.sources import prepare
 from metadist.data.table import Table
@@ -99,7 +99,7 @@ def case_rows(
         peaks += [peak] if turn else []
     rates = {name: [1 / seconds for seconds in each] for name, each in spent.items()}
     say(f"{what}: " + ", ".join(f"{name} {statistics.median(each):.1f}" for name, each in rates.items()) + " tasks/s")
-    rows = [_row(f"{name} {what}", rates, name, what) for name in contenders]
+    rows = rates_rows(rates, what, BASELINE)
     shares = [flops * rate / peak for rate, peak in zip(rates[VECTORISED], peaks, strict=True)]
     rows.append(Row(f"share of the core's limit {what}", statistics.median(shares), "of peak", None, None, turns))
     rows.append(Row(f"operations {what}", flops / 1e9, "GFLOP/task", None, None, 1))
@@ -177,10 +177,3 @@ def _installed(say: Callable[[str], None]) -> list[str]:
         except ImportError as error:
             say(f"{name} is left out: {error}; `make peers` installs it")
     return found
-
-
-def _row(name: str, rates: dict[str, list[float]], key: str, what: str) -> Row:
-    if BASELINE not in rates or key == BASELINE:
-        return Row(name, statistics.median(rates[key]), "tasks/s", None, None, len(rates[key]))
-    ratio = statistics.median(a / b for a, b in zip(rates[key], rates[BASELINE], strict=True))
-    return Row(name, statistics.median(rates[key]), "tasks/s", f"{BASELINE} {what}", ratio, len(rates[key]))

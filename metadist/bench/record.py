@@ -64,16 +64,16 @@ def save(out: Path, suite: str, rows: list[Row]) -> list[Path]:
 
 
 def rates_rows(rates: Mapping[str, Sequence[float]], what: str, baseline: str) -> list[Row]:
-    """Tasks per second, turn by turn, of several on the same shards: medians, and ratios within a turn."""
-    rows = []
-    for name, found in rates.items():
+    """Tasks per second of several on the same shards, turn by turn: medians, and ratios within a turn to the baseline's
+    if there is one."""
+
+    def row(name: str, found: Sequence[float]) -> Row:
+        if name == baseline or baseline not in rates:
+            return Row(f"{name} {what}", statistics.median(found), "tasks/s", None, None, len(found))
         ratio = statistics.median(a / b for a, b in zip(found, rates[baseline], strict=True))
-        other = name != baseline
-        to = f"{baseline} {what}" if other else None
-        rows.append(
-            Row(f"{name} {what}", statistics.median(found), "tasks/s", to, ratio if other else None, len(found))
-        )
-    return rows
+        return Row(f"{name} {what}", statistics.median(found), "tasks/s", f"{baseline} {what}", ratio, len(found))
+
+    return [row(name, found) for name, found in rates.items()]
 
 
 def _plot(path: Path, suite: str, rows: list[Row]) -> None:
