@@ -134,12 +134,20 @@ def test_a_setting_may_stand_in_the_paper_budget_alone(table: dict, tmp_path: Pa
     assert "task.ways=2 outer.steps=2" in row.command
 
 
-def test_two_rows_at_once_and_a_variant_of_one(table: dict, tmp_path: Path) -> None:
-    rows, _ = reproduce(tmp_path / "out", "maml,fomaml", at_once=2)
-    assert [row.line.method for row in rows] == ["maml", "fomaml"]
-    assert all(row.value is not None for row in rows)
-    assert len((tmp_path / "out" / "short" / "table.md").read_text().split("```")[1].strip().splitlines()) == 2
+def test_two_rows_at_once_and_one_that_fails_stops_no_other(table: dict, tmp_path: Path) -> None:
+    rows, _ = reproduce(tmp_path / "out", "broken,maml,fomaml", at_once=2)
+    assert [row.line.method for row in rows] == ["maml", "fomaml", "broken"]
+    maml, fomaml, broken = rows
+    assert maml.value is not None
+    assert fomaml.value is not None
+    assert broken.value is None
+    assert "error" in broken.problem
+    told = (tmp_path / "out" / "short" / "table.md").read_text()
+    assert "failed" in told
+    assert len(told.split("```")[1].strip().splitlines()) == 3
 
+
+def test_a_variant_of_a_row() -> None:
     line = Line(
         method="m", variant="easier", setting="s", job="j", published=Published(value=9.0, source="A"), short=()
     )
@@ -147,15 +155,6 @@ def test_two_rows_at_once_and_a_variant_of_one(table: dict, tmp_path: Path) -> N
     assert (line.folder, row.difference, row.falls_short(True)) == ("m-easier-s", None, False)
     told = markdown(PublishedTable(title="T", measure="accuracy", rows=(line,)), "short", [row])
     assert "| m, easier | s | 5.00 ± 1.00 % | 9.00 % (A) | – |" in told
-
-
-def test_a_row_that_fails_stops_no_other(table: dict, tmp_path: Path) -> None:
-    rows, _ = reproduce(tmp_path / "out", "broken,fomaml")
-    fomaml, broken = rows
-    assert fomaml.value is not None
-    assert broken.value is None
-    assert "error" in broken.problem
-    assert "failed" in (tmp_path / "out" / "short" / "table.md").read_text()
 
 
 @pytest.mark.parametrize(

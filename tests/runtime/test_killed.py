@@ -71,6 +71,7 @@ def test_a_killed_driver_without_a_cluster(
     assert not [path for path in run.rglob(".*") if path.name != ".lock"]
 
 
+@pytest.mark.chaos
 @pytest.mark.own_cluster
 def test_a_killed_driver_with_workers(
     start_cli: Callable[..., Any], long_job: Path, long_hash: str, tmp_path: Path, wait_until: Callable[..., Any],

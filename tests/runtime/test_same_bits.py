@@ -77,7 +77,7 @@ def test_a_large_theta_on_a_cluster_of_one_machine(on_cluster: Make, tiny: Make,
     assert "aggregators: auto" in (finished.folder / "config.yaml").read_text(), "wherever it ran"
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 3])
 def test_any_number_of_workers(workers: int, on_cluster: Make, tiny_run: Any, tmp_path: Path) -> None:
     result = train(on_cluster(workers), "tiny", tmp_path / "run").result
     assert result["theta_sha256"] == tiny_run.result["theta_sha256"]
