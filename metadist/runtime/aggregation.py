@@ -4,7 +4,8 @@
 workers' sums are added on their node first. No bit depends on either.
 
 An only aggregator on the driver's machine is called by a line (`line.py`), and sums and θ are in shared memory, where
-that is so of all workers too.
+that is so of all workers too. On a cluster of the run's own, which ends with the driver, one of a small θ is no actor
+but an object of the driver's: a message there and back takes longer than a small sum.
 
 On a cluster that is not this run's own the aggregators are named and detached: they outlive the
 driver, and one that resumes the run finds them. Without a driver they end after `cluster.linger`.
@@ -28,7 +29,7 @@ from metadist.runtime import aggregator, combiner
 from metadist.runtime.aggregator import Position, Report, Snapshot, Sum, joined
 from metadist.runtime.cluster import first_line, on_one_machine, workers_on_a_host
 from metadist.runtime.combiner import Gathered
-from metadist.runtime.cut import cut, topology
+from metadist.runtime.cut import Topology, cut, topology
 from metadist.runtime.line import Address, Broken, Line, Reached
 from metadist.runtime.runtime import AggregatorLost, Later, Say
 from metadist.runtime.sharing import Board, Gone, Outbox, Published, Shared, Spaces
@@ -53,7 +54,7 @@ class Placed(NamedTuple):
 
 
 class Aggregator(Watched, Reached, aggregator.Aggregator):
-    """As an actor."""
+    """As an actor, or in the driver's process."""
 
     def __init__(self, linger: float | None, *arguments: Any) -> None:
         keep_all_memory()
@@ -129,6 +130,7 @@ class Aggregation:
         self._linger = config.cluster.linger if self._run is not None else None
         self._watch: Watch | None = None
         self._actors: list[Any] = []
+        self._here: Aggregator | None = None
         self._broadcast: tuple[Any, ...] = ()
         self._published: Callable[[], Published] | None = None
         self._line: Line | None = None
@@ -168,7 +170,11 @@ class Aggregation:
         """New aggregators, from a checkpoint or from initial θ."""
         self.pieces = cut(self.blueprint, self._way.aggregators)  # those that it took over may have been others
         shape, classes = self.blueprint.shape, self.blueprint.classes
-        actor, snapshot = self.ray.remote(Aggregator), snapshot and snapshot._replace(lanes=())
+        snapshot = snapshot and snapshot._replace(lanes=())
+        if in_the_driver(self.config, self.blueprint, self._way):
+            self._here = Aggregator(None, self.config, shape, snapshot, classes)
+            return
+        actor = self.ray.remote(Aggregator)
         # Names of their own each time: Ray gives a killed actor's name free only when its process is gone.
         together = f"{self._prefix}{uuid.uuid4().hex[:8]}"
         for piece in range(len(self.pieces)):
@@ -199,7 +205,7 @@ class Aggregation:
         self._actors.clear()
         if self._line is not None:
             self._line.close()
-        self._line = self._coming = self._published = None
+        self._line = self._coming = self._published = self._here = None
         self._held.clear()
         self._combiners.clear()
         self._there.clear()
@@ -253,17 +259,20 @@ class Aggregation:
         """References to θ_t, a piece each."""
         if not self._broadcast:
             self._rest()
+            if self._here is not None:
+                self._broadcast = (self.ray.put(self._here.broadcast()),)
+                return self._broadcast
             self._broadcast = tuple(actor.broadcast.remote() for actor in self._actors)
         return self._broadcast
 
     @property
     def lined(self) -> bool:
-        """Whether there is a line to the only aggregator. Raises AggregatorLost."""
+        """Whether there is a line to the only aggregator, or none is needed. Raises AggregatorLost."""
         if self._coming is not None:
             coming, self._coming = self._coming, None
             address: Address | None = self._heard(lambda: self.ray.get(coming))
             self._line = Line.to(self.ray, self._actors[0], address)
-        return self._line is not None
+        return self._here is not None or self._line is not None
 
     def why_by_ray(self) -> str:
         """What keeps the aggregator from being called by a line, in words."""
@@ -292,6 +301,9 @@ class Aggregation:
 
     def _by_line(self, method: str, *arguments: Any) -> Callable[[], Any]:
         """Call the aggregator; calling what is returned waits for its answer, and gives it again."""
+        if self._here is not None:
+            found = getattr(self._here, method)(*arguments)
+            return lambda: found
         line = self._line
         assert line is not None, "there is a line"
         ticket = line.call(method, *arguments)
@@ -299,13 +311,16 @@ class Aggregation:
 
     def _rest(self) -> None:
         """Calls by Ray come after those by the line."""
+        self.hand_over()
         if self._line is not None:
-            self.hand_over()
             self._heard(self._line.settle)
 
     def hand_over(self) -> None:
         """Have the sums added that are held, as where one who made them is gone: its memory is soon let go of."""
-        if self._line is not None and self._held:
+        if self._here is not None:
+            self._here.add_here(self._handed_over())
+            self._here.served()
+        elif self._line is not None and self._held:
             self._line.tell("add_here", self._handed_over())
 
     def _handed_over(self) -> list[Placed]:
@@ -340,12 +355,18 @@ class Aggregation:
         self, step: int, attempt: int, shards: Collection[int], seals: Sequence[int], sums: Sequence[Any]
     ) -> None:
         # What one driver calls runs in order, by a line and, after a rest, by Ray: this is counted before `apply`.
-        if self._line is not None and isinstance(sums[0], Shared):
+        if isinstance(sums[0], Shared) and self.lined:
             self._held.append(Placed(step, attempt, shards, sums[0], seals[0]))
             if len(self._held) > TOGETHER and sum(one.shared.bytes for one in self._held) > SMALL:
                 self.hand_over()
             return
         self._rest()
+        if self._here is not None:
+            from ray.exceptions import ObjectLostError
+
+            with contextlib.suppress(ObjectLostError):  # the report says which shards are missing
+                self._here.add(step, attempt, shards, self.ray.get(sums[0]), seals[0])
+            return
         for actor, one, seal in zip(self._actors, sums, seals, strict=True):
             self._acks.append(actor.add.remote(step, attempt, shards, one, seal))
 
@@ -382,6 +403,9 @@ class Aggregation:
         again = step, attempt, sorted(exceeding)
         if self._published is not None:
             self._published, self._broadcast = self._by_line("redo_here", self._handed_over(), *again), ()
+        elif self._here is not None:
+            self._here.redo(*again)
+            self._broadcast = ()
         else:
             self._broadcast = tuple(actor.redo.remote(*again) for actor in self._actors)
 
@@ -392,6 +416,9 @@ class Aggregation:
             both = self._by_line("apply_here", self._handed_over(), step)
             self._published, self._broadcast = (lambda: both()[1]), ()
             return lambda: self._report(step, acks, lambda: both()[0])
+        if self._here is not None:
+            told, self._broadcast = self._here.outer_step(step), ()
+            return lambda: told
         squares = [actor.squares.remote(step) for actor in self._actors] if len(self._actors) > 1 else []
         applied = [actor.apply.options(num_returns=2).remote(step, *squares) for actor in self._actors]
         self._broadcast = tuple(broadcast for _, broadcast in applied)
@@ -414,6 +441,9 @@ class Aggregation:
     def snapshot(self) -> Callable[[], Snapshot]:
         """The state between two steps; calling what is returned waits for it."""
         self._rest()
+        if self._here is not None:
+            whole = self._here.snapshot()
+            return lambda: joined(self.pieces, [whole])
         taken = [actor.snapshot.remote() for actor in self._actors]
 
         def later() -> Snapshot:
@@ -433,10 +463,21 @@ class Aggregation:
         return self.ray.remote(Combiner).options(num_cpus=0, max_restarts=0, scheduling_strategy=there).remote(None)
 
 
+def in_the_driver(config: Config, blueprint: Blueprint, way: Topology) -> bool:
+    """Whether the aggregator is an object of the driver's: it would end with it anyhow, and all that is added to a step
+    waits for it there."""
+    together = TOGETHER * 8 * blueprint.sums.total <= SMALL
+    return together and config.cluster.address == "local" and _lines(config) and way == Topology()
+
+
+def _lines(config: Config) -> bool:
+    """Whether there may be any."""
+    return config.cluster.lines and not config.outer.remembers and sys.platform.startswith("linux")
+
+
 def crowd(ray: Any, config: Config) -> float:
     """Of a run's workers on a host, for the rule of auto (`cut.py`); 0: all on the driver's machine."""
-    lines = config.cluster.lines and not config.outer.remembers and sys.platform.startswith("linux")
-    if config.cluster.address == "local" or (lines and on_one_machine(ray, config.cluster)):
+    if config.cluster.address == "local" or (_lines(config) and on_one_machine(ray, config.cluster)):
         return 0
     return workers_on_a_host(ray, config.cluster)
 

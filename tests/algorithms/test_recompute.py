@@ -35,7 +35,7 @@ def test_the_same_sums_in_both_engines(name, steps):
     theta, state = parameters(kept, IMAGE)
     batch = episodes(kept, IMAGE)
     expected = loop(for_training(kept, IMAGE), theta, state, batch, ways(kept), 0)
-    for engine in (loop, vectorised, by_vmap):
+    for engine in (loop, vectorised, *([by_vmap] if name == "maml" else [])):  # the others have no closed form
         found = engine(for_training(recomputed, IMAGE), theta, state, batch, ways(kept), 0)
         assert relative(found, expected) < 1e-12
 

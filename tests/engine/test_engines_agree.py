@@ -180,7 +180,7 @@ def problems(draw, method):
 
 @pytest.mark.parametrize("method", every_method(), ids=lambda method: method.method_name())
 @given(data=st.data())
-@settings(deadline=None, max_examples=6, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=4, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_any_problem(method, data):
     problem = data.draw(problems(method))
     assert agree(**problem, image=(1, 16, 16)) < ROUNDING.get(method.method_name(), 1e-12)

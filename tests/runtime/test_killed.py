@@ -46,6 +46,7 @@ def assert_metrics_are_complete(run: Path, steps: int) -> None:
     assert table.column("loss").null_count == 0
 
 
+@pytest.mark.chaos
 def test_a_killed_driver_without_a_cluster(
     start_cli: Callable[..., Any], long_job: Path, long_hash: str, tmp_path: Path, wait_until: Callable[..., Any],
     refused: Callable[..., Any], cli: Callable[..., Any],
@@ -97,6 +98,29 @@ def test_a_killed_driver_with_workers(
     assert yaml.safe_load((run / "config.yaml").read_text())["cluster"]["workers"] == 0
     assert_metrics_are_complete(run, 150)
     assert not (tmp_path / "home" / ".ray").exists()
+
+
+@pytest.mark.own_cluster
+def test_a_killed_worker_of_a_cluster_of_the_runs_own(
+    start_cli: Callable[..., Any], long_job: Path, long_hash: str, tmp_path: Path, wait_until: Callable[..., Any],
+    find_processes: Callable[..., list[int]],
+) -> None:  # fmt: skip
+    """The aggregator is in the driver's process there."""
+    run = tmp_path / "run"
+    driver = start_cli("train", long_job, "--run-dir", run, "cluster.workers=2", "cluster.address=local")
+    wait_until(has_checkpoint(run, 10), 90, "a checkpoint")
+    assert not find_processes(driver.pid, "ray::Aggregator")
+    killed, _ = find_processes(driver.pid, "ray::Worker")
+    os.kill(killed, signal.SIGKILL)
+    assert driver.wait(120) == 0, driver.said
+    assert f"worker {killed} died" in driver.said
+    assert "Traceback" not in driver.said
+    result = json.loads((run / "result.json").read_text())
+    assert result["theta_sha256"] == long_hash
+    assert result["steps_recomputed"] == 0, "no step is lost with a worker"
+    assert sum(result["shards_by_worker"].values()) == 150 * 4, "each shard is counted once"
+    assert result["transport"]["by"] == "lines"
+    assert_metrics_are_complete(run, 150)
 
 
 @pytest.mark.chaos
