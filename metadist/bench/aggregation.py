@@ -1,7 +1,8 @@
 """What a meta-step costs beside its shards, on one machine: sums, their addition, the outer step and θ's way back.
 
 Four workers as Ray actors send sums that they have already, to the aggregators that train, and
-the next step's sums are sent when θ is there: the time of such a step is the cost.
+the next step's sums are sent when θ is there: the time of such a step is the cost. The first way is what a run on one
+machine takes: with a small θ the aggregator is in the driver's process.
 """
 
 import os
@@ -18,25 +19,28 @@ from metadist.bench.record import Row
 from metadist.config import Config, load, resolve
 from metadist.data.sources import prepare
 from metadist.engine.engine import Blueprint, Engine
-from metadist.runtime.aggregation import Aggregation
+from metadist.runtime.aggregation import Aggregation, in_the_driver
 from metadist.runtime.aggregator import sealed
 from metadist.runtime.cluster import connect, disconnect
-from metadist.runtime.cut import assembled, cut, topology
+from metadist.runtime.cut import Topology, assembled, cut, topology
 from metadist.runtime.line import Line, Reached, heard
 from metadist.runtime.sharing import Published, Shared, Space, Spaces
 from metadist.runtime.worker import Receipt
 
 WORKERS, ROUNDS, TURNS, STEPS = 4, 2, 3, 30
 
+LINED, IN_DRIVER = "flat, by lines", "flat, in the driver"
+
 WAYS: dict[str, dict[str, Any]] = {
-    "flat, by lines": {},
+    IN_DRIVER: {},
+    LINED: {"address": "auto", "aggregators": 1, "sums": "flat"},
     "flat, by Ray alone": {"lines": False},
     "tree": {"sums": "tree"},
     "4 aggregators": {"aggregators": 4},
 }
 """Keys of `cluster`."""
 
-LINED, PLAIN = "flat, by lines", ("flat, by lines", "flat, by Ray alone")
+PLAIN = (IN_DRIVER, LINED, "flat, by Ray alone")
 
 
 class Size(NamedTuple):
@@ -184,6 +188,9 @@ def rows(say: Callable[[str], None]) -> list[Row]:
     try:
         for size in SIZES:
             ways = WAYS if size.steps < STEPS or size.name == "0.5 MB" else {way: WAYS[way] for way in PLAIN}
+            config = job(size.model, {})
+            if not in_the_driver(config, Blueprint(config, size.shape), Topology()):
+                ways = {way: keys for way, keys in ways.items() if way != IN_DRIVER}
             spent: dict[str, list[float]] = defaultdict(list)
             for number in range(ROUNDS):
                 for way, keys in ways.items():
@@ -211,7 +218,7 @@ def _turns(ray: Any, size: Size, way: str, keys: dict[str, Any], say: Callable[[
     """
     contender = _Contender(ray, size, keys, say)
     try:
-        if way == LINED and not contender.lines:
+        if way in (LINED, IN_DRIVER) and not contender.lines:
             say(f"{size.name}: there are no lines between processes here")
             return []
         return [1000 * contender.seconds() for _ in range(TURNS)]

@@ -1,4 +1,4 @@
-"""Where the sums of a step go, as Ray actors: to one aggregator or several, straight or by way of a sum on each node.
+"""Where the sums of a step go: to one aggregator or several, Ray actors, straight or by way of a sum on each node.
 
 `cluster.aggregators` cuts θ into pieces, each with an aggregator. With `cluster.sums: tree` the
 workers' sums are added on their node first. No bit depends on either.
@@ -56,8 +56,9 @@ class Placed(NamedTuple):
 class Aggregator(Watched, Reached, aggregator.Aggregator):
     """As an actor, or in the driver's process."""
 
-    def __init__(self, linger: float | None, *arguments: Any) -> None:
-        keep_all_memory()
+    def __init__(self, linger: float | None, *arguments: Any, own_process: bool = True) -> None:
+        if own_process:
+            keep_all_memory()
         super().__init__(linger, *arguments)
         self._spaces, self._waiting = Spaces(), list[Placed]()
         self._board = Board(self.outer.flat.numpy().dtype.str, self.piece.values.total)
@@ -172,7 +173,7 @@ class Aggregation:
         shape, classes = self.blueprint.shape, self.blueprint.classes
         snapshot = snapshot and snapshot._replace(lanes=())
         if in_the_driver(self.config, self.blueprint, self._way):
-            self._here = Aggregator(None, self.config, shape, snapshot, classes)
+            self._here = Aggregator(None, self.config, shape, snapshot, classes, own_process=False)
             return
         actor = self.ray.remote(Aggregator)
         # Names of their own each time: Ray gives a killed actor's name free only when its process is gone.
@@ -206,6 +207,7 @@ class Aggregation:
         if self._line is not None:
             self._line.close()
         self._line = self._coming = self._published = self._here = None
+        self._broadcast, self._spaces = (), Spaces()
         self._held.clear()
         self._combiners.clear()
         self._there.clear()
@@ -291,6 +293,8 @@ class Aggregation:
 
     def values(self) -> list[np.ndarray]:
         """θ_t and state, a flat buffer of each piece. Raises AggregatorLost."""
+        if self._here is not None:
+            return [self._here.broadcast().values]
         if self._published is not None:
             try:
                 _, values = self._spaces.read(self.published.values)
@@ -362,10 +366,14 @@ class Aggregation:
             return
         self._rest()
         if self._here is not None:
-            from ray.exceptions import ObjectLostError
+            from ray.exceptions import ObjectLostError, RayError
 
-            with contextlib.suppress(ObjectLostError):  # the report says which shards are missing
+            try:
                 self._here.add(step, attempt, shards, self.ray.get(sums[0]), seals[0])
+            except ObjectLostError:  # the report says which shards are missing
+                pass
+            except RayError as error:
+                raise aggregator_lost(error) from error
             return
         for actor, one, seal in zip(self._actors, sums, seals, strict=True):
             self._acks.append(actor.add.remote(step, attempt, shards, one, seal))
@@ -464,9 +472,9 @@ class Aggregation:
 
 
 def in_the_driver(config: Config, blueprint: Blueprint, way: Topology) -> bool:
-    """Whether the aggregator is an object of the driver's: it would end with it anyhow, and all that is added to a step
-    waits for it there."""
-    together = TOGETHER * 8 * blueprint.sums.total <= SMALL
+    """Whether the aggregator is an object of the driver's: it would end with it anyhow, and all that is added to a
+    step, if every shard is sent by itself, waits for the outer step."""
+    together = max(TOGETHER, config.lanes) * 8 * blueprint.sums.total <= SMALL
     return together and config.cluster.address == "local" and _lines(config) and way == Topology()
 
 

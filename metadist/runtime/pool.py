@@ -21,9 +21,9 @@ from metadist.runtime import worker
 from metadist.runtime.aggregator import Broadcast
 from metadist.runtime.cluster import first_line, free, reserved, room
 from metadist.runtime.dispatcher import Dispatcher
-from metadist.runtime.line import Address, Line, Reached, heard
+from metadist.runtime.line import PROBE, Address, Line, Reached, heard
 from metadist.runtime.runtime import AggregatorLost, Say
-from metadist.runtime.sharing import Gone, Outbox, Published, Shared, Spaces
+from metadist.runtime.sharing import Gone, Outbox, Published, Shared, Space, Spaces
 from metadist.runtime.timeline import Timeline
 from metadist.runtime.worker import Floats, Introduction, Receipt
 from metadist.spans import now
@@ -82,12 +82,21 @@ class Came(NamedTuple):
 class Worker(Reached, worker.Worker):
     """As an actor. Ray Client calls nothing but methods of the actor's class."""
 
-    def introduced(self) -> tuple[Introduction, str, Address | None]:
-        """Who it is, the node it runs on, and where a line to it begins."""
+    def introduced(self, probe: Shared | None = None) -> tuple[Introduction, str, Address | None]:
+        """Who it is, the node it runs on, and where a line to it begins, if it can read the driver's memory as well."""
         import ray
 
         self.open()
-        return self.introduce(), ray.get_runtime_context().get_node_id(), self.listen()
+        return self.introduce(), ray.get_runtime_context().get_node_id(), self.listen() if self._reads(probe) else None
+
+    def _reads(self, probe: Shared | None) -> bool:
+        if probe is None:
+            return False
+        try:
+            head, _ = self._spaces.read(probe)
+        except Gone:
+            return False
+        return bool(head[0] == PROBE)
 
     def open(self) -> None:
         """Ready for what comes by the line."""
@@ -165,6 +174,8 @@ class Pool:
         self.actors: dict[str, Any] = {}
         self.asked: dict[Any, Asked] = {}
         self.lines: dict[str, Line] = {}
+        self._lines_wanted = config.cluster.lines and config.cluster.strategy == "aggregator"
+        self._probe: Space | None = None
         self._told: dict[tuple[str, int], Asked] = {}
         self._looked = 0.0
         self.pids: dict[str, int] = {}
@@ -254,7 +265,16 @@ class Pool:
             self._place_of[name] = self._places.pop(0)
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, self._place_of[name])
         self.actors[name] = self.ray.remote(Worker).options(**options).remote(self.config, self.paths)
-        self._arriving[self.actors[name].introduced.remote()] = name
+        self._arriving[self.actors[name].introduced.remote(self._probed())] = name
+
+    def _probed(self) -> Shared | None:
+        """Memory of this process that whoever is to be called by a line can read; None where there are no lines."""
+        if not self._lines_wanted or not sys.platform.startswith("linux"):
+            return None
+        if self._probe is None:
+            self._probe = Space(0)
+            self._probe.head[0] = PROBE
+        return self._probe.shared("u1", 0)
 
     def _first_workers(self) -> None:
         """Wait for as many workers as the run needs, and some seconds for those that come with them."""
@@ -302,8 +322,7 @@ class Pool:
         # Hosts have process ids of their own: two workers may have the same.
         here = introduction.host == socket.gethostname()
         self.called[name] = f"{introduction.pid}" if here else f"{introduction.pid}@{introduction.host}"
-        wanted = self.config.cluster.lines and self.config.cluster.strategy == "aggregator"
-        line = Line.to(self.ray, self.actors[name], address) if wanted else None
+        line = Line.to(self.ray, self.actors[name], address) if self._lines_wanted else None
         if line is not None:
             self.lines[name] = line
         self.dispatcher.join(name)

@@ -123,6 +123,27 @@ def test_the_way_may_change_from_step_to_step(config: Config, sums: Aggregation)
         assert sums.apply(step)().grad_norm == plain.apply(step)[0].grad_norm
 
 
+@pytest.mark.parametrize("by_memory", [True, False])
+def test_a_new_one_begins_where_the_checkpoint_is(config: Config, sums: Aggregation, by_memory: bool) -> None:
+    sent = Sent(sums, by_memory)
+
+    def take(step: int) -> None:
+        sent.theta()
+        for shard in range(SHARDS):
+            sent.add(step, 0, shard, integers(config, step, shard))
+        assert sums.apply(step)().missing == ()
+
+    take(0)
+    kept, there = sums.snapshot()(), sent.theta().tobytes()
+    take(1)
+    later = sent.theta().tobytes()
+    sums.end()
+    sums.start(kept)
+    assert sent.theta().tobytes() == sums.values()[0].tobytes() == there
+    take(1)
+    assert sent.theta().tobytes() == later
+
+
 def test_sums_that_are_lost_are_missing(config: Config, sums: Aggregation) -> None:
     sent = Sent(sums, by_memory=False)
     before = sent.theta().tobytes()
@@ -148,6 +169,7 @@ def test_a_sum_of_a_process_that_is_gone_is_missing(config: Config, sums: Aggreg
 @pytest.mark.parametrize(("words", "there"), [
     ([], True), (["cluster.address=auto"], False), (["cluster.lines=false"], False),
     (["outer.compression=int8"], False), (["model.width=4096"], False),
+    (["task.meta_batch=4096", "task.shard=1"], False),
 ])  # fmt: skip
 def test_the_rule(words: list[str], there: bool, tiny: Callable[..., Config]) -> None:
     config = resolve(tiny("cluster.workers=2", "cluster.address=local", *words))
