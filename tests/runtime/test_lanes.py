@@ -237,14 +237,19 @@ def on_cluster(tiny: Make, cluster: Any) -> Make:
     return make
 
 
-MORE = [pytest.param(*case, marks=pytest.mark.chaos) for case in (("topk", 1), ("local-bf16", 2))]
+IN_PIECES = ("cluster.aggregators=3", "cluster.sums=tree")
+MORE = [
+    pytest.param(*case, marks=pytest.mark.chaos)
+    for case in (("int8", 2, IN_PIECES), ("topk", 1, ()), ("local-bf16", 2, ()))
+]
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize(("mode", "workers"), [("int8", 2), *MORE])
-def test_any_number_of_workers(mode: str, workers: int, on_cluster: Make, calm: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "workers", "way"), [("int8", 2, ()), *MORE])
+def test_any_number_of_workers(
+    mode: str, workers: int, way: tuple[str, ...], on_cluster: Make, calm: Any, tmp_path: Path
+) -> None:
     """One of them with θ in pieces and payloads that go by way of their node."""
-    way = ("cluster.aggregators=2", "cluster.sums=tree") if mode == "int8" else ()
     found = train(on_cluster(workers, *MODES[mode], *way), "tiny", tmp_path / "run").result
     expected = calm(*MODES[mode]).result
     assert found["theta_sha256"] == expected["theta_sha256"]
