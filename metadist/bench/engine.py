@@ -35,8 +35,10 @@ ENGINES: dict[str, Callable[..., Sums]] = {"loop": loop, "vmap": by_vmap, "close
 def run(say: Callable[[str], None]) -> list[Row]:
     """The suite; some four minutes on one core."""
     table = prepare(shard_job("c", 2).data.sources[0], say)
-    rows = gpu.rows(table, say) if torch.cuda.is_available() else list[Row]()
-    if not rows:
+    rows: list[Row] = []
+    if torch.cuda.is_available():
+        rows += gpu.rows(table, say)
+    else:
         say("no GPU here: neither the CUDA graph nor the recipe on it is measured")
     for case in CASES:
         for order in (2, 1):

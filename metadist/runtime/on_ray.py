@@ -1,9 +1,8 @@
 """Workers and aggregators as Ray actors, and the driver's side of them: any shard to any worker.
 
 The driver reads receipts only; a worker's sums go on to the aggregator unread, which on a cluster of the run's own may
-be in the driver's process. By Ray the next
-step's shards are handed out while the aggregator still takes the outer step: they wait for
-θ where they are, not here. By lines they are handed out when θ is there.
+be in the driver's process. By Ray the next step's shards are handed out while the aggregator still takes the outer
+step: they wait for θ where they are, not here. By lines they are handed out when θ is there.
 """
 
 from collections import Counter

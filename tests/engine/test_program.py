@@ -1,5 +1,7 @@
 """A shard as one program over buffers that stay: the same bits as the shard by itself."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from metadist.config import resolve, validate
 from metadist.data.sources import prepare
+from metadist.engine.device import precision
 from metadist.engine.engine import Engine
 from metadist.engine.exact import first_exponents
 from metadist.errors import ConfigError
@@ -116,7 +119,7 @@ def test_graph_is_for_what_one_program_can_hold():
 
 
 def test_bf16_rounds_factors_and_nothing_else():
-    full, rounded = (engine("vectorised", engine={"precision": precision}) for precision in ("full", "bf16"))
+    full, rounded = (engine("vectorised", engine={"precision": rounding}) for rounding in ("full", "bf16"))
     theta, state = full.blueprint.named(full.blueprint.initial())
     exact, near = full.sums(theta, state, 0, 0), rounded.sums(theta, state, 0, 0)
     assert all(near[name].dtype == value.dtype for name, value in exact.items())
@@ -124,10 +127,22 @@ def test_bf16_rounds_factors_and_nothing_else():
     assert 1e-6 < difference < 0.5
 
 
+def test_tf32_is_of_the_block_and_not_of_the_process():
+    one = engine("vectorised").config.engine
+    found = {}
+    for name in ("tf32", "full"):
+        with precision(one.model_copy(update={"precision": name})):
+            found[name] = torch.backends.cuda.matmul.allow_tf32
+    assert found == {"tf32": True, "full": False}
+    with contextlib.suppress(ZeroDivisionError), precision(one.model_copy(update={"precision": "tf32"})):
+        raise ZeroDivisionError
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
 @needs_gpu
-@pytest.mark.parametrize("precision", ["full", "tf32", "bf16"])
-def test_a_captured_graph_gives_the_bits_of_its_shard(precision):
-    keys = {"engine": {"precision": precision}}
+@pytest.mark.parametrize("rounding", ["full", "tf32", "bf16"])
+def test_a_captured_graph_gives_the_bits_of_its_shard(rounding):
+    keys = {"engine": {"precision": rounding}}
     apart, together = parts(engine("vectorised", "cuda", **keys)), parts(engine("graph", "cuda", **keys))
     for one, other in zip(apart, together, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -136,8 +151,8 @@ def test_a_captured_graph_gives_the_bits_of_its_shard(precision):
 @needs_gpu
 def test_engines_of_several_precisions_compute_in_one_process():
     three = ("tf32", "bf16", "full")
-    modes = {precision: engine("graph", "cuda", engine={"precision": precision}) for precision in three}
-    found = {precision: np.concatenate(parts(one)) for precision, one in modes.items()}
+    modes = {rounding: engine("graph", "cuda", engine={"precision": rounding}) for rounding in three}
+    found = {rounding: np.concatenate(parts(one)) for rounding, one in modes.items()}
     alone = np.concatenate(parts(engine("graph", "cuda")))
     np.testing.assert_array_equal(found["full"], alone)
     assert not any(np.array_equal(found[other], alone) for other in ("tf32", "bf16"))

@@ -101,44 +101,23 @@ def test_a_killed_driver_with_workers(
 
 
 @pytest.mark.own_cluster
-def test_a_killed_worker_of_a_cluster_of_the_runs_own(
-    start_cli: Callable[..., Any], long_job: Path, long_hash: str, tmp_path: Path, wait_until: Callable[..., Any],
-    find_processes: Callable[..., list[int]],
+@pytest.mark.parametrize("both", [False, pytest.param(True, marks=pytest.mark.chaos)], ids=["one", "both"])
+def test_killed_workers(
+    both: bool, start_cli: Callable[..., Any], long_job: Path, long_hash: str, tmp_path: Path,
+    wait_until: Callable[..., Any], find_processes: Callable[..., list[int]],
 ) -> None:  # fmt: skip
-    """The aggregator is in the driver's process there."""
+    """One, in the long form both: those who come instead end the run. The aggregator is in the driver's process."""
     run = tmp_path / "run"
     driver = start_cli("train", long_job, "--run-dir", run, "cluster.workers=2", "cluster.address=local")
     wait_until(has_checkpoint(run, 10), 90, "a checkpoint")
     assert not find_processes(driver.pid, "ray::Aggregator")
-    killed, _ = find_processes(driver.pid, "ray::Worker")
-    os.kill(killed, signal.SIGKILL)
-    assert driver.wait(120) == 0, driver.said
-    assert f"worker {killed} died" in driver.said
-    assert "Traceback" not in driver.said
-    result = json.loads((run / "result.json").read_text())
-    assert result["theta_sha256"] == long_hash
-    assert result["steps_recomputed"] == 0, "no step is lost with a worker"
-    assert sum(result["shards_by_worker"].values()) == 150 * 4, "each shard is counted once"
-    assert result["transport"]["by"] == "lines"
-    assert_metrics_are_complete(run, 150)
-
-
-@pytest.mark.chaos
-@pytest.mark.own_cluster
-def test_killed_workers(
-    start_cli: Callable[..., Any], long_job: Path, long_hash: str, tmp_path: Path, wait_until: Callable[..., Any],
-    find_processes: Callable[..., list[int]],
-) -> None:  # fmt: skip
-    """One after the other, both: those who come instead end the run."""
-    run = tmp_path / "run"
-    driver = start_cli("train", long_job, "--run-dir", run, "cluster.workers=2", "cluster.address=local")
-    wait_until(has_checkpoint(run, 10), 90, "a checkpoint")
     first, second = find_processes(driver.pid, "ray::Worker")
     os.kill(first, signal.SIGKILL)
-    wait_until(lambda: f"worker {first} died" in driver.said, 30, "the word of the death")
-    os.kill(second, signal.SIGKILL)
+    if both:
+        wait_until(lambda: f"worker {first} died" in driver.said, 30, "the word of the death")
+        os.kill(second, signal.SIGKILL)
     assert driver.wait(120) == 0, driver.said
-    assert f"worker {second} died" in driver.said
+    assert all(f"worker {killed} died" in driver.said for killed in (first, second)[: 1 + both])
     assert "Traceback" not in driver.said
     result = json.loads((run / "result.json").read_text())
     assert result["theta_sha256"] == long_hash
@@ -146,6 +125,7 @@ def test_killed_workers(
     shards = result["shards_by_worker"]
     assert {str(first), str(second)} < set(shards)
     assert sum(shards.values()) == 150 * 4, "each shard is counted once"
+    assert result["transport"]["by"] == "lines"
     assert_metrics_are_complete(run, 150)
 
 

@@ -16,7 +16,7 @@ from metadist.runtime.aggregator import Aggregator, sealed
 from metadist.runtime.lanes import Lanes, carried
 from metadist.runtime.on_ray import OnRay
 from metadist.runtime.pool import Asked, Pool, Shard, Worker
-from metadist.runtime.sharing import Board, Outbox, Published, Shared, Spaces
+from metadist.runtime.sharing import Board, Outbox, Published, Shared, Space, Spaces
 from metadist.runtime.worker import Receipt
 from metadist.tasks.episode import Episode
 
@@ -221,3 +221,19 @@ def test_sums_wait_for_the_outer_step(tiny: Make) -> None:
     add(2, 64)
     sums.end()
     assert sums._held == [], "of another aggregator"
+
+
+def test_who_cannot_read_the_drivers_memory_begins_no_line(tiny: Make) -> None:
+    worker = Worker(resolve(tiny()), [])
+    worker.open()
+    probe = Pool(None, resolve(tiny("cluster.workers=2")), [], print, lambda name: [])._probed
+    there = probe()
+    assert there is not None
+    assert there == probe(), "one for all"
+    by_ray = resolve(tiny("cluster.workers=2", "cluster.lines=false"))
+    assert Pool(None, by_ray, [], print, lambda name: [])._probed() is None
+    assert worker._reads(there)
+    assert not worker._reads(None)
+    assert not worker._reads(there._replace(pid=2**22 + 1)), "a process that is not to be seen"
+    other = Space(0)
+    assert not worker._reads(other.shared("u1", 0)), "memory of something else"
