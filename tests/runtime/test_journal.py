@@ -142,6 +142,20 @@ def test_whatever_was_written_in_between_the_rows_are_all_there(tmp_path: Path, 
     assert [{key: row[key] for key in row if key != "time"} for row in found] == expected
 
 
+def test_rows_are_put_together_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    monkeypatch.setattr(journal, "table_of", lambda some: rows.append(len(some)) or table_of(some))
+    writer = Journal(tmp_path, [])
+    for step in range(1, 31):
+        writer.row(step, loss=1.0)
+        if step % 10 == 0:
+            writer.later(lambda: None)
+            writer.flush()
+    writer.close()
+    assert len(read_metrics(tmp_path / "metrics.parquet")) == 30
+    assert sum(rows) <= 30 + len(rows), "all of them once, and the last one at every writing"
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1 half a file"])
 def test_damaged_metrics_do_not_stop_a_resume(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "metrics.parquet").write_bytes(content)
