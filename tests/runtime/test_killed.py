@@ -106,7 +106,10 @@ def test_killed_workers(
     both: bool, start_cli: Callable[..., Any], long_job: Path, long_hash: str, tmp_path: Path,
     wait_until: Callable[..., Any], find_processes: Callable[..., list[int]],
 ) -> None:  # fmt: skip
-    """One, in the long form both: those who come instead end the run. The aggregator is in the driver's process."""
+    """One: the other ends the run, with or without who comes instead. In the long form both: those who come do.
+
+    The aggregator is in the driver's process.
+    """
     run = tmp_path / "run"
     driver = start_cli("train", long_job, "--run-dir", run, "cluster.workers=2", "cluster.address=local")
     wait_until(has_checkpoint(run, 10), 90, "a checkpoint")
@@ -123,7 +126,8 @@ def test_killed_workers(
     assert result["theta_sha256"] == long_hash
     assert result["steps_recomputed"] == 0, "no step is lost with a worker"
     shards = result["shards_by_worker"]
-    assert {str(first), str(second)} < set(shards)
+    assert {str(first), str(second)} <= set(shards)
+    assert len(shards) > 2 or not both, "nobody of those who began was left to end it"
     assert sum(shards.values()) == 150 * 4, "each shard is counted once"
     assert result["transport"]["by"] == "lines"
     assert_metrics_are_complete(run, 150)
