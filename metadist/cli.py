@@ -411,8 +411,9 @@ def bench(
     with told_in_one_line():
         from rich.console import Console
 
-        from metadist.bench.record import save, show
+        from metadist.bench.files import save
         from metadist.bench.suites import run
+        from metadist.bench.table import show
 
         rows = run(suite, lambda line: print(line, file=sys.stderr, flush=True))
         show(Console(), suite, rows)

@@ -8,7 +8,7 @@ beside √K; a ratio of time is that of recomputed steps to kept ones.
 from collections.abc import Callable
 from typing import Any
 
-from metadist.bench.record import Row
+from metadist.bench.record import Point, Row
 from metadist.config import Config, resolve
 from metadist.data.sources import prepare
 from metadist.engine.fit import Need, needed
@@ -60,14 +60,14 @@ def rows(found: dict[str, dict[int, Need]]) -> list[Row]:
     for method, needs in found.items():
         least = min(needs)
         for k, need in needs.items():
+            point = Point("", method, "inner steps", k)
             growth = None if k == least else need.bytes / needs[least].bytes
-            memory.append(
-                Row(_name(method, k), need.bytes / 2**20, "MiB", _name(method, least) if growth else None, growth, 1)
-            )
+            of_one = _name(method, least) if growth else None
+            memory.append(Row(_name(method, k), need.bytes / 2**20, "MiB", of_one, growth, 1, point))
             kept = found["maml"][k] if METHODS[method].get("recompute") else None
             baseline = f"{_name('maml', k)}, time" if kept else None
             ratio = need.seconds / kept.seconds if kept else None
-            spent.append(Row(f"{_name(method, k)}, time", need.seconds, "s", baseline, ratio, REPEATS))
+            spent.append(Row(f"{_name(method, k)}, time", need.seconds, "s", baseline, ratio, REPEATS, point))
     return memory + spent
 
 

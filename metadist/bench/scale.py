@@ -18,7 +18,7 @@ import torch
 from metadist.algorithms import for_training
 from metadist.bench import aggregation
 from metadist.bench.aggregation import LINED, SIZES, Size, shard_seconds, shards_of, share
-from metadist.bench.record import Row
+from metadist.bench.record import Point, Row
 from metadist.bench.simulation import Costs, Found, Simulation
 from metadist.config import Cluster, Config, resolve
 from metadist.engine.device import keep_all_memory
@@ -179,16 +179,15 @@ def told(scenario: Scenario, workers: int, found: dict[Topology, Found], say: Ca
         name = f"{named(scenario, workers)}, {way}"
         baseline = None if way == flat else f"{named(scenario, workers)}, {flat}"
         ratio = one.steps / found[flat].steps if baseline else None
+        point = Point(scenario.name, str(way), "workers", workers)
         rows += [
-            Row(name, one.steps, "steps/s", baseline, ratio, steps),
-            Row(name, one.bytes / 1e6, "MB/step", None, None, steps),
-            Row(name, 100 * one.aggregator, "% aggregator busy", None, None, steps),
+            Row(name, one.steps, "steps/s", baseline, ratio, steps, point),
+            Row(name, one.bytes / 1e6, "MB/step", None, None, steps, point),
+            Row(name, 100 * one.aggregator, "% aggregator busy", None, None, steps, point),
+            Row(name, 100 * one.driver, "% driver busy", None, None, steps, point),
         ]
-        say(
-            f"{name}: {one.steps:.3g} steps/s, {one.bytes / 1e6:,.1f} MB a step, "
-            f"aggregator {100 * one.aggregator:.0f} %, "
-            f"driver {100 * one.driver:.0f} %"
-        )
+    rates = "; ".join(f"{way} {one.steps:.3g}" for way, one in found.items())
+    say(f"{named(scenario, workers)}: {rates} steps/s")
     return rows
 
 
@@ -200,7 +199,8 @@ def verdict(scenario: Scenario, workers: int, found: dict[Topology, Found], say:
     ratio, name = found[auto].steps / found[best].steps, named(scenario, workers)
     away = "the best" if auto == best else f"{100 - 100 * ratio:.0f} % behind {best}"
     say(f"{name}: auto is {auto}, {away}")
-    return Row(f"{name}, auto: {auto}", found[auto].steps, "steps/s", f"{name}, {best}", ratio, counted(workers))
+    point = Point(scenario.name, str(auto), "workers", workers, chosen=f"{auto}: {away}")
+    return Row(f"{name}, auto: {auto}", found[auto].steps, "steps/s", f"{name}, {best}", ratio, counted(workers), point)
 
 
 def dispatching(say: Callable[[str], None]) -> list[Row]:

@@ -1,0 +1,72 @@
+"""What a suite found, as a picture: bars, and lines where something was swept."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from metadist.bench.record import Row, charts
+
+WIDE = 20
+"""From such a quotient of the largest and the smallest on, an axis is logarithmic."""
+
+COLOURS = ("#4878a8", "#d1803c", "#5b9a5b", "#a85a8a", "#8a6d4b", "#5c5c5c")
+
+
+def save(path: Path, suite: str, rows: Sequence[Row]) -> None:
+    """A PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    bars: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.point is None:
+            bars.setdefault(row.unit, []).append(row)
+    swept = charts(rows)
+    units = list(dict.fromkeys(row.unit for found in swept.values() for row in found))
+    heights = [1.2 + 0.22 * max(9, *map(len, bars.values()))] if bars else []
+    heights += [1 + 2.4 * len(units)] if swept else []
+    figure = plt.figure(figsize=(1 + 4.5 * max(len(bars), len(swept)), 0.5 + sum(heights)), layout="constrained")
+    figure.suptitle(f"metadist bench {suite}")
+    parts = iter(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
+    if bars:
+        panels = next(parts).subplots(1, len(bars), squeeze=False)[0]
+        for panel, (unit, mine) in zip(panels, bars.items(), strict=True):
+            _bars(panel, unit, mine)
+    if swept:
+        below = next(parts)
+        grid = below.subplots(len(units), len(swept), sharex="col", squeeze=False)
+        for column, (chart, found) in zip(grid.T, swept.items(), strict=True):
+            column[0].set_title(chart, fontsize="medium")
+            for panel, unit in zip(column, units, strict=True):
+                _lines(panel, unit, [row for row in found if row.unit == unit])
+        below.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _bars(panel: Any, unit: str, rows: Sequence[Row]) -> None:
+    bars = panel.barh([row.name for row in rows], [row.value for row in rows], color=COLOURS[0])
+    panel.bar_label(bars, [f" {row.value:,.3g}" + (f" ({row.ratio:.2f}×)" if row.ratio else "") for row in rows])
+    panel.margins(x=0.35)
+    panel.invert_yaxis()
+    panel.set_xlabel(unit)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _lines(panel: Any, unit: str, rows: Sequence[Row]) -> None:
+    """What was chosen is a ring round the line's own point."""
+    points = [(row.point, row.value) for row in rows if row.point is not None]
+    for colour, line in zip(COLOURS, dict.fromkeys(point.line for point, _ in points), strict=False):
+        mine = [(point.x, value) for point, value in points if point.line == line and not point.chosen]
+        panel.plot(*zip(*mine, strict=True), "o-", color=colour, markersize=3, linewidth=1.2, label=line)
+    if rings := [(point.x, value) for point, value in points if point.chosen]:
+        panel.plot(*zip(*rings, strict=True), "o", color="black", markersize=8, fillstyle="none", label="chosen")
+    for axis, values in (("x", [point.x for point, _ in points]), ("y", [value for _, value in points])):
+        shares = axis == "y" and unit.startswith("%")
+        if not shares and min(values) > 0 and max(values) > WIDE * min(values):
+            getattr(panel, f"set_{axis}scale")("log")
+    panel.set_xlabel(points[0][0].along)
+    panel.set_ylabel(unit)
+    panel.spines[["top", "right"]].set_visible(False)
