@@ -1,7 +1,7 @@
 """All that one process needs to compute shards of one run."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from metadist.engine.exact import Part, quantise
 from metadist.engine.fit import out_of_memory, too_large
 from metadist.engine.layout import Layout
 from metadist.engine.local import descend
-from metadist.engine.program import Program
+from metadist.engine.program import Judging, Program
 from metadist.engine.shard import ENGINES, JUDGES
 from metadist.engine.sweep import Grid, Setting, judge_grid
 from metadist.errors import RunError
@@ -93,7 +93,7 @@ class Engine:
         self._judge = JUDGES[config.engine.mode]
         self.shard_tasks = config.shard
         self.shards = config.lanes
-        self._judged: dict[tuple[str, str], tuple[Sampler, Algorithm]] = {}
+        self._judged: dict[tuple[str, str], _Judged] = {}
         self.spans = Spans()
         self._ahead: dict[tuple[int, int], Episode] = {}
         self.programs = Staged(config, self._program) if config.engine.mode == "graph" else None
@@ -240,22 +240,48 @@ class Engine:
         key = (split, judged.eval.model_dump_json() + judged.algorithm.model_dump_json())  # of its stage
         if key not in self._judged:
             sampler = evaluation_tasks(judged, self.tables, split, self.device)
-            self._judged[key] = (sampler, algorithms.for_evaluation(judged, sampler.shape, self.tasks.classes))
-        sampler, algorithm = self._judged[key]
-        theta, state = self.blueprint.named(values, self.device)
-        episodes = sampler.sample(judged.eval.draw, first, self.shard_tasks)
-        given = (algorithm, OBJECTIVES[judged.kind], theta, state, episodes, sampler.ways)
+            algorithm = algorithms.for_evaluation(judged, sampler.shape, self.tasks.classes)
+            self._judged[key] = _Judged(sampler, algorithm, self._judging(judged, sampler, algorithm))
+        sampler, algorithm, program = self._judged[key]
         try:
-            with precision(self.config.engine):
-                found = judge_grid(*given, setting) if isinstance(setting, Grid) else self._judge(*given)
+            if program is not None and not isinstance(setting, Grid):
+                found = program(values, first)
+            else:
+                theta, state = self.blueprint.named(values, self.device)
+                episodes = sampler.sample(judged.eval.draw, first, self.shard_tasks)
+                given = (algorithm, OBJECTIVES[judged.kind], theta, state, episodes, sampler.ways)
+                with precision(self.config.engine):
+                    found = judge_grid(*given, setting) if isinstance(setting, Grid) else self._judge(*given)
             return {name: value[:tasks].double().cpu().numpy() for name, value in found.items()}
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
+        self._judged.clear()  # with what a program holds
         raise RunError(
             f"eval: {self.shard_tasks} tasks at once, those of a shard, do not fit into memory while they are judged; "
             "a smaller task.shard may, or fewer eval.queries"
         )
+
+    def _judging(self, judged: Config, sampler: Sampler, algorithm: Algorithm) -> Judging | None:
+        """Judging with one setting as a program, where shards are programs."""
+        if self.programs is None:
+            return None
+
+        def judge(values: Tensor, first: Tensor) -> dict[str, Tensor]:
+            with precision(self.config.engine):
+                episodes = sampler.sample(judged.eval.draw, first, self.shard_tasks)
+                given = (*self.blueprint.by_name(values), episodes, sampler.ways)
+                return self._judge(algorithm, OBJECTIVES[judged.kind], *given)
+
+        return Judging(judge, self.blueprint.values, getattr(torch, self.config.engine.dtype), self.device)
+
+
+class _Judged(NamedTuple):
+    """Of one setting and part of the data."""
+
+    sampler: Sampler
+    algorithm: Algorithm
+    program: Judging | None
 
 
 def _below(prefix: str, lane: Mapping[str, Tensor]) -> dict[str, Tensor]:

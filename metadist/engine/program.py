@@ -1,4 +1,4 @@
-"""One shard, from θ to its integer sums, as one program over buffers that stay (`engine.mode: graph`).
+"""One shard, from θ to its integer sums, as one program over buffers that stay (`engine.mode: graph`); so is judging.
 
 Tasks are drawn on the device, those of some meta-steps at once, and shown from a data set in its memory; then the
 inner loop, the queries' loss, the meta-gradient and the exact sum. Nothing in between asks the host anything. On a GPU
@@ -30,6 +30,9 @@ Draw = Callable[[Tensor, Tensor], Drawn]
 Sums = Callable[[Tensor, Drawn], dict[str, Tensor]]
 """Flat θ and state, and a shard's tasks → its sums by name."""
 
+Judge = Callable[[Tensor, Tensor], dict[str, Tensor]]
+"""Flat θ and state, and the first of a shard's worth of evaluation tasks, an int64 scalar → score and loss of each."""
+
 Outputs = TypeVar("Outputs")
 
 
@@ -60,15 +63,19 @@ class Program:
         self._run = Captured(self.outputs, device)
         self._ahead: dict[tuple[int, int], Drawn] = {}
         self._tasks: Drawn = {}
+        self._taken: tuple[int, int] | None = None
 
     def __call__(self, values: np.ndarray, exponents: np.ndarray, step: int, first: int) -> Part:
         """The integer sums of the tasks from `first` on, at flat θ and state."""
         with self._spans.of("transfer"):
-            self._values.copy_(_staged(values, self._values), non_blocking=True)
-            self._scales.copy_(scales(exponents))
+            _send(values, self._values)
+            _send(scales(exponents).numpy(), self._scales)
         with self._spans.of("sampling"):
             self.take(step, first)
         outputs = self._run()
+        if self._parts == 1:  # no other shard comes between: the next one's tasks, while a GPU computes
+            with self._spans.of("sampling"):
+                self.take(step + 1, first)
         if self._profiled and self._values.device.type == "cuda":
             torch.cuda.synchronize()  # else its time would be that of the transfer, which waits for it
         with self._spans.of("transfer"):
@@ -76,6 +83,8 @@ class Program:
 
     def take(self, step: int, first: int) -> None:
         """Have a step's tasks, from `first` on, where a shard reads them."""
+        if (step, first) == self._taken:
+            return
         block, place = divmod(step, AHEAD)
         if (block, first) not in self._ahead:
             self._steps.copy_(self._counted + AHEAD * block)
@@ -87,10 +96,26 @@ class Program:
                 self._tasks[name].copy_(each[place])
             else:
                 self._tasks[name] = each[place].clone()
+        self._taken = step, first
 
     def outputs(self) -> Rounded:
         """Of the tasks that were taken."""
         return rounded(self._layout, self._compute(self._values, self._tasks), self._scales[self._tensor])
+
+
+class Judging:
+    """values: the layout of θ and state."""
+
+    def __init__(self, judge: Judge, values: Layout, dtype: torch.dtype, device: torch.device) -> None:
+        self._values = torch.zeros(values.total, dtype=dtype, device=device)
+        self._first = torch.zeros((), dtype=torch.int64, device=device)
+        self._run = Captured(lambda: judge(self._values, self._first), device)
+
+    def __call__(self, values: np.ndarray, first: int) -> dict[str, Tensor]:
+        """Of the tasks from `first` on, at flat θ and state; good until the next call."""
+        _send(values, self._values)
+        self._first.fill_(first)
+        return self._run()
 
 
 class Captured(Generic[Outputs]):
@@ -115,14 +140,18 @@ class Captured(Generic[Outputs]):
             for _ in range(WARM_UPS):
                 self._function()
         torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = self._function()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                outputs = self._function()
+        except BaseException:
+            torch.cuda.set_stream(before)  # where a capture fails, torch leaves its own
+            raise
         return graph, outputs
 
 
-def _staged(values: np.ndarray, there: Tensor) -> Tensor:
-    """On their way there: where a GPU reads by itself. `values` may be written over afterwards."""
+def _send(values: np.ndarray, there: Tensor) -> None:
+    """By way of memory that a GPU reads by itself, without waiting for it. `values` may be written over afterwards."""
     here = torch.empty(there.shape, dtype=there.dtype, pin_memory=there.device.type == "cuda")
     here.numpy()[:] = values
-    return here
+    there.copy_(here, non_blocking=True)

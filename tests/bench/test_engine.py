@@ -1,11 +1,14 @@
 """The suite measures the same shard with every engine."""
 
+import numpy as np
+import pytest
 import torch
 
 from metadist.bench import gpu
 from metadist.bench.engine import ENGINES, engine_rows, one_shard, phase_rows, shard_job
 from metadist.data.sources import prepare
 from metadist.engine.engine import Engine
+from metadist.errors import RunError
 
 
 def test_rows_of_a_case():
@@ -31,11 +34,42 @@ def test_all_engines_compute_the_same():
 def test_what_is_measured_on_a_gpu_runs_on_a_cpu_too():
     told = []
     table = prepare(shard_job("c", 1).data.sources[0])
-    rows = gpu.rows(table, told.append, "cpu", ("full", "bf16"), calls=1, steps=6, turns=1)
+    rows = gpu.rows(table, told.append, "cpu", ("full", "bf16"), calls=1, steps=6, turns=1, meta_batch=4)
     names = [row.name for row in rows]
     for order in (2, 1):
-        for contender in ("graph, full", "graph, bf16", "closed form"):
-            assert f"{contender} (c) order {order}, cpu, meta-batch 32" in names
-    assert names[-2:] == ["meta-step of the recipe, cpu", "60,000 of them in a run, by 4"]
+        for contender in ("plain loop", "graph, full", "graph, bf16", "closed form"):
+            assert f"{contender} (c) order {order}, cpu, meta-batch 4" in names
+    assert names[-2:] == ["meta-step of the recipe, cpu", "60,000 of them in a run, by 3"]
     assert all(row.value > 0 for row in rows)
     assert rows[-1].value >= rows[-2].value
+
+
+def test_what_cannot_be_measured_is_told_with_its_cause_and_the_rest_is_measured():
+    def failed():
+        try:
+            raise ValueError("the cause")
+        except ValueError:
+            raise RuntimeError("a capture failed") from None
+
+    def missing():
+        raise ImportError("no such library")
+
+    told = []
+    each = {
+        "at its making": gpu.Contender(failed, 1),
+        "in its shard": gpu.Contender(lambda: failed, 1),
+        "a library": gpu.Contender(missing, 1),
+        "the rest": gpu.Contender(lambda: lambda: None, 2),
+    }
+    rates = gpu._measured(each, 4, 3, "here", told.append)
+    assert {name: len(found) for name, found in rates.items()} == {"the rest": 3}
+    cause = "RuntimeError: a capture failed, after ValueError: the cause"
+    assert told[:2] == [f"here: {name} is left out: {cause}" for name in ("at its making", "in its shard")]
+    assert told[2] == "here: a library is left out: ImportError: no such library; `make peers` installs it"
+
+
+def test_sums_that_do_not_fit_are_no_result(monkeypatch):
+    config = shard_job("c", 1).with_values(task={"meta_batch": 2, "shard": 2})
+    monkeypatch.setattr(gpu, "first_exponents", lambda layout: np.full(len(layout.names), 900))
+    with pytest.raises(RunError, match="not finite, or beyond"):
+        gpu._shards(config, prepare(config.data.sources[0]))()

@@ -8,13 +8,14 @@ import torch
 from device_checks import NoCopies, Operations
 from torch.utils._pytree import tree_leaves
 
+from metadist.algorithms import for_evaluation
 from metadist.config import resolve, validate
 from metadist.data.sources import prepare
 from metadist.engine.device import precision
 from metadist.engine.engine import Engine
 from metadist.engine.exact import first_exponents
 from metadist.errors import ConfigError
-from metadist.tasks.samplers import training_tasks
+from metadist.tasks.samplers import evaluation_tasks, training_tasks
 
 UNCAPTURED = (
     "scatter", "index_put", "put_", "index_add", "embedding_dense", "nonzero", "masked_select", "cumsum", "bincount",
@@ -52,6 +53,31 @@ def test_a_program_gives_the_bits_of_its_shard(data):
     assert len({q.tobytes() for q in apart}) == len(apart)
     for one, other in zip(apart, together, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("steps", [range(20), (0, 1, 7, 8, 40, 2, 2)], ids=["in-order", "in-any"])
+def test_the_next_steps_tasks_are_taken_ahead_where_a_step_is_one_shard(steps):
+    exponents, found = None, []
+    for mode in ("vectorised", "graph"):
+        one = engine(mode, task={"meta_batch": 4, "shard": 4})
+        exponents = first_exponents(one.blueprint.sums)
+        found.append([one.part(one.blueprint.initial(), exponents, step, 0).q for step in steps])
+    assert len({q.tobytes() for q in found[0]}) == len(set(steps))
+    np.testing.assert_array_equal(*map(np.stack, found))
+    assert one.programs.at(0)._taken == (steps[-1] + 1, 0)
+
+
+@pytest.mark.parametrize("keys", [{}, {"eval": {"queries": 2, "draw": 4}}], ids=["as-trained", "otherwise"])
+def test_judging_as_a_program_gives_the_same(keys):
+    found = []
+    for mode in ("vectorised", "graph"):
+        one = engine(mode, **keys)
+        values = one.blueprint.initial()
+        each = [one.judge(values * scale, one.config, "val", first, 3) for first in (0, 4, 8) for scale in (1, 1.1)]
+        found.append([part[name] for part in each for name in ("score", "loss")])
+        assert (one._judged.popitem()[1].program is not None) == (mode == "graph")
+    np.testing.assert_array_equal(*map(np.stack, found))
+    assert len({part.tobytes() for part in found[0][1::2]}) == 6
 
 
 def test_each_stage_has_its_program():
@@ -109,6 +135,13 @@ def test_a_program_asks_the_host_nothing(keys):
         outputs = program.outputs()
     assert outputs.sent.shape == (one.blueprint.sums.total + 1,)
     assert not [name for name in operations.names if any(word in name for word in UNCAPTURED)]
+    sampler = evaluation_tasks(one.config, one.tables, "val", one.device)
+    algorithm = for_evaluation(one.config, sampler.shape, one.tasks.classes)
+    judging = one._judging(one.config, sampler, algorithm)
+    with Operations("meta", scalars=False) as operations, NoCopies():
+        judged = judging._run()
+    assert {name: value.shape for name, value in judged.items()} == {"score": (4,), "loss": (4,)}
+    assert not [name for name in operations.names if any(word in name for word in UNCAPTURED)]
 
 
 def test_graph_is_for_what_one_program_can_hold():
@@ -139,13 +172,27 @@ def test_tf32_is_of_the_block_and_not_of_the_process():
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
+PAPER = {"model": {"name": "stride2"}, "task": {"meta_batch": 64, "shard": 32}, "algorithm": {"name": "maml"}}
+
+
 @needs_gpu
+@pytest.mark.parametrize("network", [{}, PAPER], ids=["narrow", "paper"])
 @pytest.mark.parametrize("rounding", ["full", "tf32", "bf16"])
-def test_a_captured_graph_gives_the_bits_of_its_shard(rounding):
-    keys = {"engine": {"precision": rounding}}
+def test_a_captured_graph_gives_the_bits_of_its_shard(rounding, network):
+    keys = {"engine": {"precision": rounding}, **network}
     apart, together = parts(engine("vectorised", "cuda", **keys)), parts(engine("graph", "cuda", **keys))
     for one, other in zip(apart, together, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@needs_gpu
+def test_a_captured_judge_gives_the_same():
+    found = []
+    for mode in ("vectorised", "graph"):
+        one = engine(mode, "cuda")
+        each = [one.judge(one.blueprint.initial(), one.config, "val", first, 4) for first in (0, 4, 8)]
+        found.append(np.stack([part["loss"] for part in each]))
+    np.testing.assert_array_equal(*found)
 
 
 @needs_gpu
