@@ -67,6 +67,9 @@ def _lines(panel: Any, unit: str, rows: Sequence[Row]) -> None:
         shares = axis == "y" and unit.startswith("%")
         if not shares and min(values) > 0 and max(values) > WIDE * min(values):
             getattr(panel, f"set_{axis}scale")("log")
+    places = sorted({point.x for point, _ in points})
+    panel.set_xticks(places, [f"{x:,g}" for x in places])
+    panel.set_xticks([], minor=True)
     panel.set_xlabel(points[0][0].along)
     panel.set_ylabel(unit)
     panel.spines[["top", "right"]].set_visible(False)

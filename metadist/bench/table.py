@@ -34,6 +34,8 @@ def _swept(title: str, rows: Sequence[Row]) -> Table:
     found = {(point.x, row.unit, point.line): row for row, point in points if not point.chosen}
     places, units, lines = (list(dict.fromkeys(each)) for each in zip(*found, strict=True))
     table = _titled(title)
+    if any(row.ratio is not None for row in found.values()):
+        table.caption = "×: to the row's baseline, which bench.json names"
     table.add_column(points[0][1].along, justify="right")
     table.add_column("unit")
     for line in lines:
