@@ -23,6 +23,7 @@ from metadist.data.sources import prepare
 from metadist.data.table import Table
 from metadist.engine.engine import Engine
 from metadist.engine.exact import first_exponents, quantise
+from metadist.engine.fit import give_back, status
 from metadist.engine.shard import Sums, by_vmap, loop, vectorised
 
 TURNS = 5
@@ -103,26 +104,23 @@ def memory_rows(case: str, say: Callable[[str], None]) -> list[Row]:
         process = context.Process(target=_memory, args=(there, case, name), daemon=True)
         process.start()
         there.close()
-        rows.append(Row(f"{name} ({case}) order 2", float(here.recv()), "MB/shard", None, None, 1))
+        rows.append(Row(f"{name} ({case}) order 2", float(here.recv()), "MiB/shard", None, None, 1))
         process.join()
-    say(f"({case}) " + ", ".join(f"{row.name.split(' (')[0]} {row.value:,.0f} MB" for row in rows))
+    say(f"({case}) " + ", ".join(f"{row.name.split(' (')[0]} {row.value:,.0f} MiB" for row in rows))
     return rows
 
 
 def _memory(pipe: Connection, case: str, name: str) -> None:
-    config = shard_job(case, 2)
-    engine = Engine(config, [prepare(config.data.sources[0])])
-    engine.tasks.sample(0, 0, 1)
+    config, compute = shard_job(case, 2), ENGINES[name]
+    tables = [prepare(config.data.sources[0])]
+    engine = Engine(config, tables)
+    # Libraries that any shard needs are there before one is measured.
+    one_shard(Engine(config.with_values(task={"meta_batch": 1, "shard": 1}), tables), compute)
+    give_back("cpu")
     Path("/proc/self/clear_refs").write_text("5")  # the largest begins anew
-    before = _largest()
-    one_shard(engine, ENGINES[name])
-    pipe.send(_largest() - before)
-
-
-def _largest() -> float:
-    """MB that this process has had at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    before = status("VmHWM")
+    one_shard(engine, compute)
+    pipe.send((status("VmHWM") - before) / 2**20)
 
 
 def in_turn(each: dict[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
