@@ -407,7 +407,7 @@ def bench(
     suite: Annotated[str, typer.Argument(help="engine, peers, workers, memory, scale or search")],
     out: Annotated[Path | None, typer.Option(help="folder for bench.json, bench.parquet and bench.png")] = None,
 ) -> None:
-    """Measure speed: a table, and with --out its figures as files."""
+    """Measure speed: tables, and with --out their figures as files."""
     with told_in_one_line():
         from rich.console import Console
 

@@ -106,7 +106,7 @@ def _shards(config: Config, table: Table) -> Shard:
 
 
 def _each_task(one_task: Callable[[Config, nn.Sequential], OneTask], config: Config, table: Table) -> Shard:
-    """By the loop of a library, or of nobody's, under torch's own settings."""
+    """By the loop of a library, or of nobody's; its kernels may be of those whose bits vary."""
     engine = Engine(config, [table])
     theta = {name: value.to(engine.device) for name, value in engine.blueprint.theta.items()}
     gradient = meta_gradient(one_task, config, theta)
@@ -144,22 +144,30 @@ def _measured(
     """Tasks per second of each, turn by turn, behind one that warms up; of all that can be measured."""
     rates: dict[str, list[float]] = {}
     shards: dict[str, Shard] = {}
-    for name, contender in each.items():
-        try:
-            shards[name] = contender.made()
+
+    def measure(name: str, calls: int) -> float:
+        began = time.perf_counter()
+        for _ in range(calls):
             shards[name]()
-            rates[name] = []
-        except Exception as error:  # noqa: BLE001, whatever a library raises on a GPU
-            hint = "; `make peers` installs it" if isinstance(error, ImportError) else ""
-            say(f"{what}: {name} is left out: {_told(error)}{hint}")
-    for _ in range(turns):
-        for name, found in rates.items():
-            began = time.perf_counter()
-            for _ in range(each[name].calls):
-                shards[name]()
-            found.append(tasks * each[name].calls / (time.perf_counter() - began))
+        return tasks * calls / (time.perf_counter() - began)
+
+    for turn in range(turns + 1):
+        for name, contender in each.items():
+            if turn and name not in shards:
+                continue
+            try:
+                if turn:
+                    rates[name].append(measure(name, contender.calls))
+                else:
+                    shards[name], rates[name] = contender.made(), []
+                    measure(name, 1)
+            except Exception as error:  # noqa: BLE001, whatever a library raises on a GPU
+                hint = "; `make peers` installs it" if isinstance(error, ImportError) else ""
+                say(f"{what}: {name} is left out: {_told(error)}{hint}")
+                shards.pop(name, None)  # with the memory that it has
+                rates.pop(name, None)
     told = (f"{name} {statistics.median(found):,.0f}" for name, found in rates.items())
-    say(f"{what}: {', '.join(told)} tasks/s")
+    say(f"{what}: {', '.join(told) or 'nothing'} tasks/s")
     return rates
 
 

@@ -61,15 +61,20 @@ def rows(found: dict[str, dict[int, Need]]) -> list[Row]:
         least = min(needs)
         for k, need in needs.items():
             point = Point("", method, "inner steps", k)
+            grown, dearer = point._replace(to=_steps(least)), point._replace(to="maml")
             growth = None if k == least else need.bytes / needs[least].bytes
             of_one = _name(method, least) if growth else None
-            memory.append(Row(_name(method, k), need.bytes / 2**20, "MiB", of_one, growth, 1, point))
+            memory.append(Row(_name(method, k), need.bytes / 2**20, "MiB", of_one, growth, 1, grown))
             kept = found["maml"][k] if METHODS[method].get("recompute") else None
             baseline = f"{_name('maml', k)}, time" if kept else None
             ratio = need.seconds / kept.seconds if kept else None
-            spent.append(Row(f"{_name(method, k)}, time", need.seconds, "s", baseline, ratio, REPEATS, point))
+            spent.append(Row(f"{_name(method, k)}, time", need.seconds, "s", baseline, ratio, REPEATS, dearer))
     return memory + spent
 
 
 def _name(method: str, steps: int) -> str:
-    return f"{method}, {steps} inner step{'s' if steps > 1 else ''}"
+    return f"{method}, {_steps(steps)}"
+
+
+def _steps(steps: int) -> str:
+    return f"{steps} inner step{'s' if steps > 1 else ''}"

@@ -1,6 +1,7 @@
 """What a suite found, as a picture: bars, and lines where something was swept."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,16 @@ def save(path: Path, suite: str, rows: Sequence[Row]) -> None:
         for panel, (unit, mine) in zip(panels, bars.items(), strict=True):
             _bars(panel, unit, mine)
     if swept:
-        below = next(parts)
+        below, lines = next(parts), _colours(rows)
         grid = below.subplots(len(units), len(swept), sharex="col", squeeze=False)
         for column, (chart, found) in zip(grid.T, swept.items(), strict=True):
             column[0].set_title(chart, fontsize="medium")
             for panel, unit in zip(column, units, strict=True):
-                _lines(panel, unit, [row for row in found if row.unit == unit])
-        below.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+                _lines(panel, unit, [row for row in found if row.unit == unit], lines)
+        drawn = {
+            label: line for panel in grid.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+        }
+        below.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -55,12 +59,22 @@ def _bars(panel: Any, unit: str, rows: Sequence[Row]) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _lines(panel: Any, unit: str, rows: Sequence[Row]) -> None:
+def _colours(rows: Sequence[Row]) -> dict[str, str]:
+    """Of every line, the same in all charts."""
+    lines = dict.fromkeys(row.point.line for row in rows if row.point is not None)
+    return dict(zip(lines, itertools.cycle(COLOURS), strict=False))
+
+
+def _lines(panel: Any, unit: str, rows: Sequence[Row], colours: Mapping[str, str]) -> None:
     """What was chosen is a ring round the line's own point."""
     points = [(row.point, row.value) for row in rows if row.point is not None]
-    for colour, line in zip(COLOURS, dict.fromkeys(point.line for point, _ in points), strict=False):
+    if not points:
+        panel.set_visible(False)
+        return
+    for line, colour in colours.items():
         mine = [(point.x, value) for point, value in points if point.line == line and not point.chosen]
-        panel.plot(*zip(*mine, strict=True), "o-", color=colour, markersize=3, linewidth=1.2, label=line)
+        if mine:
+            panel.plot(*zip(*mine, strict=True), "o-", color=colour, markersize=3, linewidth=1.2, label=line)
     if rings := [(point.x, value) for point, value in points if point.chosen]:
         panel.plot(*zip(*rings, strict=True), "o", color="black", markersize=8, fillstyle="none", label="chosen")
     for axis, values in (("x", [point.x for point, _ in points]), ("y", [value for _, value in points])):

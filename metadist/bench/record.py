@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 class Point(NamedTuple):
     """Where a row lies in a sweep: in which chart, on which of its lines, and how far along.
 
-    chosen: in words, where the row is one of the chart's lines once more, the one that was chosen at this place.
+    to: in words, what the row's ratio is to. chosen: in words, where the row is one of the chart's lines once more, the
+    one that was chosen at this place.
     """
 
     chart: str
     line: str
     along: str
     x: float
+    to: str = ""
     chosen: str = ""
 
 

@@ -20,7 +20,8 @@ def show(console: Console, suite: str, rows: Sequence[Row]) -> None:
 def _singles(title: str, rows: Sequence[Row]) -> Table:
     table = _titled(title)
     for name in ("what", "median", "unit", "ratio", "to", "repeats"):
-        table.add_column(name, justify="left" if name in ("what", "unit", "to") else "right")
+        words = name in ("what", "unit", "to")
+        table.add_column(name, justify="left" if words else "right", overflow="fold")
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
         table.add_row(row.name, f"{row.value:,.4g}", row.unit, ratio, row.baseline or "", str(row.repeats))
@@ -34,14 +35,14 @@ def _swept(title: str, rows: Sequence[Row]) -> Table:
     found = {(point.x, row.unit, point.line): row for row, point in points if not point.chosen}
     places, units, lines = (list(dict.fromkeys(each)) for each in zip(*found, strict=True))
     table = _titled(title)
-    if any(row.ratio is not None for row in found.values()):
-        table.caption = "×: to the row's baseline, which bench.json names"
-    table.add_column(points[0][1].along, justify="right")
-    table.add_column("unit")
+    to = {row.unit: point.to for row, point in points if row.ratio is not None}
+    table.caption = f"×: {'; '.join(f'{unit} to {what}' for unit, what in to.items())}" if to else None
+    table.add_column(points[0][1].along, justify="right", overflow="fold")
+    table.add_column("unit", overflow="fold")
     for line in lines:
-        table.add_column(line, justify="right")
+        table.add_column(line, justify="right", overflow="fold")
     if chosen:
-        table.add_column("chosen")
+        table.add_column("chosen", overflow="fold")
     for x in places:
         for unit in units:
             first = unit == units[0]

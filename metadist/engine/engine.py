@@ -1,7 +1,7 @@
 """All that one process needs to compute shards of one run."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -93,7 +93,8 @@ class Engine:
         self._judge = JUDGES[config.engine.mode]
         self.shard_tasks = config.shard
         self.shards = config.lanes
-        self._judged: dict[tuple[str, str], _Judged] = {}
+        self._judged: dict[tuple[str, str], tuple[Sampler, Algorithm]] = {}
+        self._judging: dict[tuple[str, str], Judging] = {}
         self.spans = Spans()
         self._ahead: dict[tuple[int, int], Episode] = {}
         self.programs = Staged(config, self._program) if config.engine.mode == "graph" else None
@@ -240,12 +241,14 @@ class Engine:
         key = (split, judged.eval.model_dump_json() + judged.algorithm.model_dump_json())  # of its stage
         if key not in self._judged:
             sampler = evaluation_tasks(judged, self.tables, split, self.device)
-            algorithm = algorithms.for_evaluation(judged, sampler.shape, self.tasks.classes)
-            self._judged[key] = _Judged(sampler, algorithm, self._judging(judged, sampler, algorithm))
-        sampler, algorithm, program = self._judged[key]
+            self._judged[key] = (sampler, algorithms.for_evaluation(judged, sampler.shape, self.tasks.classes))
+        sampler, algorithm = self._judged[key]
         try:
-            if program is not None and not isinstance(setting, Grid):
-                found = program(values, first)
+            if self.programs is not None and not isinstance(setting, Grid):
+                if key not in self._judging:  # only the last one: a GPU has memory for each
+                    self._judging.clear()
+                    self._judging[key] = self._judging_program(judged, sampler, algorithm)
+                found = self._judging[key](values, first)
             else:
                 theta, state = self.blueprint.named(values, self.device)
                 episodes = sampler.sample(judged.eval.draw, first, self.shard_tasks)
@@ -256,16 +259,14 @@ class Engine:
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-        self._judged.clear()  # with what a program holds
+        self._judging.clear()
         raise RunError(
             f"eval: {self.shard_tasks} tasks at once, those of a shard, do not fit into memory while they are judged; "
             "a smaller task.shard may, or fewer eval.queries"
         )
 
-    def _judging(self, judged: Config, sampler: Sampler, algorithm: Algorithm) -> Judging | None:
-        """Judging with one setting as a program, where shards are programs."""
-        if self.programs is None:
-            return None
+    def _judging_program(self, judged: Config, sampler: Sampler, algorithm: Algorithm) -> Judging:
+        """Judging with one setting."""
 
         def judge(values: Tensor, first: Tensor) -> dict[str, Tensor]:
             with precision(self.config.engine):
@@ -274,14 +275,6 @@ class Engine:
                 return self._judge(algorithm, OBJECTIVES[judged.kind], *given)
 
         return Judging(judge, self.blueprint.values, getattr(torch, self.config.engine.dtype), self.device)
-
-
-class _Judged(NamedTuple):
-    """Of one setting and part of the data."""
-
-    sampler: Sampler
-    algorithm: Algorithm
-    program: Judging | None
 
 
 def _below(prefix: str, lane: Mapping[str, Tensor]) -> dict[str, Tensor]:

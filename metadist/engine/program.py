@@ -91,6 +91,7 @@ class Program:
             self._first.fill_(first)
             drawn = {name: value.clone().view(AHEAD, -1, *value.shape[1:]) for name, value in self._draw().items()}
             self._ahead = {at: kept for at, kept in self._ahead.items() if at[0] == block} | {(block, first): drawn}
+        self._taken = None  # until all of it is there
         for name, each in self._ahead[block, first].items():
             if name in self._tasks:
                 self._tasks[name].copy_(each[place])

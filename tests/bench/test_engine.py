@@ -32,7 +32,7 @@ def test_all_engines_compute_the_same():
 
 
 def test_what_is_measured_on_a_gpu_runs_on_a_cpu_too():
-    told = []
+    told, mode = [], torch.get_deterministic_debug_mode()
     table = prepare(shard_job("c", 1).data.sources[0])
     rows = gpu.rows(table, told.append, "cpu", ("full", "bf16"), calls=1, steps=6, turns=1, meta_batch=4)
     names = [row.name for row in rows]
@@ -42,6 +42,22 @@ def test_what_is_measured_on_a_gpu_runs_on_a_cpu_too():
     assert names[-2:] == ["meta-step of the recipe, cpu", "60,000 of them in a run, by 3"]
     assert all(row.value > 0 for row in rows)
     assert rows[-1].value >= rows[-2].value
+    assert torch.get_deterministic_debug_mode() == mode == 2, "an error, as engines have it"
+
+
+def test_a_loop_of_a_library_may_use_what_our_engines_may_not():
+    config = shard_job("c", 1).with_values(task={"meta_batch": 1, "shard": 1})
+    seen = []
+
+    def one_task(config, network):
+        def found(support, query):
+            seen.append(torch.get_deterministic_debug_mode())
+            return network(query.x).sum()
+
+        return found
+
+    gpu._each_task(one_task, config, prepare(config.data.sources[0]))()
+    assert (seen, torch.get_deterministic_debug_mode()) == ([0], 2)
 
 
 def test_what_cannot_be_measured_is_told_with_its_cause_and_the_rest_is_measured():
@@ -51,6 +67,10 @@ def test_what_cannot_be_measured_is_told_with_its_cause_and_the_rest_is_measured
         except ValueError:
             raise RuntimeError("a capture failed") from None
 
+    def once():
+        calls = iter([None, None, None])  # one that warms up, and the first turn
+        return lambda: next(calls)
+
     def missing():
         raise ImportError("no such library")
 
@@ -59,12 +79,14 @@ def test_what_cannot_be_measured_is_told_with_its_cause_and_the_rest_is_measured
         "at its making": gpu.Contender(failed, 1),
         "in its shard": gpu.Contender(lambda: failed, 1),
         "a library": gpu.Contender(missing, 1),
+        "in a later turn": gpu.Contender(once, 2),
         "the rest": gpu.Contender(lambda: lambda: None, 2),
     }
     rates = gpu._measured(each, 4, 3, "here", told.append)
     assert {name: len(found) for name, found in rates.items()} == {"the rest": 3}
     cause = "RuntimeError: a capture failed, after ValueError: the cause"
     assert told[:2] == [f"here: {name} is left out: {cause}" for name in ("at its making", "in its shard")]
+    assert told[3].startswith("here: in a later turn is left out: StopIteration")
     assert told[2] == "here: a library is left out: ImportError: no such library; `make peers` installs it"
 
 

@@ -19,6 +19,8 @@ def test_rows() -> None:
     assert dearer.baseline == "maml, 4 inner steps, time"
     assert dearer.ratio == pytest.approx(2)
     assert by_name["maml, 1 inner step"].ratio is None
+    assert grown.point == ("", "maml, recompute", "inner steps", 4, "1 inner step", "")
+    assert dearer.point == grown.point._replace(to="maml")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -6,13 +6,16 @@ import warnings
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
+from metadist.bench import plot
 from metadist.bench.files import save
 from metadist.bench.record import Point, Row
 from metadist.bench.table import show
 
-FLAT, TREE = (Point("50 MB", line, "workers", 1024) for line in ("flat", "tree"))
+FLAT, TREE = (Point("50 MB", line, "workers", 1024, "flat") for line in ("flat", "tree"))
 ROWS = [
     Row("one thing", 1234.5, "ms", None, None, 3),
     Row("50 MB, 4 workers, flat", 0.5, "steps/s", None, None, 3, FLAT._replace(x=4)),
@@ -55,6 +58,52 @@ def test_a_sweep_has_a_column_for_every_line_and_says_what_was_chosen() -> None:
         ["1,024", "steps/s", "0.01", "0.02 (2.00×)", "tree: the best"],
         ["", "MB/step", "102,005", "12,726", ""],
     ]
+
+
+def test_a_sweep_says_what_its_ratios_are_to():
+    console = Console(width=160, record=True, file=io.StringIO())
+    show(console, "scale", ROWS)
+    assert console.export_text().splitlines()[-1].strip() == "×: steps/s to flat"
+
+
+def test_a_narrow_terminal_cuts_no_figure():
+    console = Console(width=40, record=True, file=io.StringIO())
+    show(console, "scale", ROWS)
+    assert "…" not in console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("unit", "scale", "lines"),
+    [("steps/s", "log", ["flat", "tree", "chosen"]), ("MB/step", "linear", ["flat", "tree"])],
+)
+def test_a_chart_has_its_lines_and_a_ring_for_what_was_chosen(unit, scale, lines):
+    rows = [row for row in ROWS[1:] if row.unit == unit]
+    panel = Figure().subplots()
+    plot._lines(panel, unit, rows, {"elsewhere": "red", "flat": "green", "tree": "blue"})
+    handles, labels = panel.get_legend_handles_labels()
+    assert labels == lines
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in handles] == [
+        ([row.point.x for row in mine], [row.value for row in mine])
+        for mine in (
+            [row for row in rows if ("chosen" if row.point.chosen else row.point.line) == name] for name in lines
+        )
+    ]
+    assert [line.get_color() for line in handles] == ["green", "blue", "black"][: len(lines)]
+    assert (panel.get_yscale(), panel.get_ylabel(), panel.get_xlabel()) == (scale, unit, "workers")
+    assert [text.get_text() for text in panel.get_xticklabels()] == sorted(
+        {f"{row.point.x:,}" for row in rows}, key=len
+    )
+
+
+def test_every_line_of_every_chart_is_drawn_and_named(tmp_path: Path) -> None:
+    """More than there are colours; a unit that one of the charts has not got."""
+    points = [
+        Point(chart, f"line {n}", "k", x) for n in range(9) for chart in "ab" for x in (1, 2) if chart == "b" or n
+    ]
+    rows = [Row("row", 1.0 + n, unit, None, None, 1, point) for n, point in enumerate(points) for unit in ("s", "B")]
+    rows = [row for row in rows if (row.point.chart, row.unit) != ("a", "B")]
+    plot.save(tmp_path / "bench.png", "memory", rows)
+    assert len(plot._colours(rows)) == 9
 
 
 def test_rows_of_no_sweep_are_one_table() -> None:

@@ -19,7 +19,7 @@ def test_how_far_auto_is_behind(size: int, workers: int, each: int, auto: Topolo
     found = {way: Found(8.0 if way == auto else 4.0, 1.0, 0.5, 0.5) for way in TOPOLOGIES}
     row = verdict(scenario, workers, found, said.append)
     assert (row.name, row.value, row.ratio) == (f"this, {workers} workers, auto: {auto}", 8.0, 1.0)
-    assert row.point == ("this", str(auto), "workers", workers, f"{auto}: the best")
+    assert row.point == ("this", str(auto), "workers", workers, "", f"{auto}: the best")
     best = next(way for way in TOPOLOGIES if way != auto)
     found[best] = found[best]._replace(steps=10.0)
     row = verdict(scenario, workers, found, said.append)

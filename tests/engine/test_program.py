@@ -1,6 +1,7 @@
 """A shard as one program over buffers that stay: the same bits as the shard by itself."""
 
 import contextlib
+import copy
 
 import numpy as np
 import pytest
@@ -67,17 +68,46 @@ def test_the_next_steps_tasks_are_taken_ahead_where_a_step_is_one_shard(steps):
     assert one.programs.at(0)._taken == (steps[-1] + 1, 0)
 
 
-@pytest.mark.parametrize("keys", [{}, {"eval": {"queries": 2, "draw": 4}}], ids=["as-trained", "otherwise"])
+JUDGED = {
+    "as-trained": {},
+    "otherwise": {"eval": {"queries": 2, "draw": 4}},
+    "rounded": {"engine": {"precision": "bf16"}},
+}
+
+
+@pytest.mark.parametrize("keys", JUDGED.values(), ids=JUDGED)
 def test_judging_as_a_program_gives_the_same(keys):
     found = []
     for mode in ("vectorised", "graph"):
-        one = engine(mode, **keys)
+        one = engine(mode, **copy.deepcopy(keys))
         values = one.blueprint.initial()
         each = [one.judge(values * scale, one.config, "val", first, 3) for first in (0, 4, 8) for scale in (1, 1.1)]
         found.append([part[name] for part in each for name in ("score", "loss")])
-        assert (one._judged.popitem()[1].program is not None) == (mode == "graph")
+        assert len(one._judging) == (mode == "graph")
     np.testing.assert_array_equal(*map(np.stack, found))
     assert len({part.tobytes() for part in found[0][1::2]}) == 6
+
+
+def test_of_programs_that_judge_only_the_last_one_is_kept():
+    one = engine("graph")
+    other = one.config.with_values(eval={"queries": 2})
+    found = [one.judge(one.blueprint.initial(), config, "val", 0, 4)["loss"] for config in (one.config, other) * 2]
+    assert len(one._judging) == 1
+    np.testing.assert_array_equal(found[:2], found[2:])
+    assert not np.array_equal(found[0], found[1])
+
+
+def test_tasks_that_were_taken_in_part_are_taken_again(monkeypatch):
+    one = engine("graph")
+    program, exponents, values = one.programs.at(0), first_exponents(one.blueprint.sums), one.blueprint.initial()
+    right = one.part(values, exponents, 0, 0).q
+    drawn = dict(program._ahead[0, 0])
+    first = next(iter(drawn))
+    program._ahead[0, 0] = {first: drawn[first], "broken": None}
+    with pytest.raises(TypeError):
+        program.take(1, 0)
+    program._ahead[0, 0] = drawn
+    np.testing.assert_array_equal(one.part(values, exponents, 0, 0).q, right)
 
 
 def test_each_stage_has_its_program():
@@ -137,7 +167,7 @@ def test_a_program_asks_the_host_nothing(keys):
     assert not [name for name in operations.names if any(word in name for word in UNCAPTURED)]
     sampler = evaluation_tasks(one.config, one.tables, "val", one.device)
     algorithm = for_evaluation(one.config, sampler.shape, one.tasks.classes)
-    judging = one._judging(one.config, sampler, algorithm)
+    judging = one._judging_program(one.config, sampler, algorithm)
     with Operations("meta", scalars=False) as operations, NoCopies():
         judged = judging._run()
     assert {name: value.shape for name, value in judged.items()} == {"score": (4,), "loss": (4,)}
