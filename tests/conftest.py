@@ -345,7 +345,7 @@ def cluster_process(free_port: Callable[[], int]) -> Iterator[SharedCluster]:
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}",
         "--node-ip-address=127.0.0.1", f"--num-cpus={CLUSTER_CPUS}", f"--num-gpus={CLUSTER_GPUS}",
         "--include-dashboard=false", f"--object-store-memory={256 * 2**20}", f"--temp-dir={folder}",
-        "--disable-usage-stats",
+        "--disable-usage-stats", "--dashboard-agent-listen-port=0",  # whose default is that of a head on this machine
     ]  # fmt: skip
     log = Path(folder) / "head.txt"
     with log.open("w") as file:

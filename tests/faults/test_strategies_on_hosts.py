@@ -154,7 +154,7 @@ def test_allreduce_over_two_hosts_one_of_which_is_killed(
     assert "was lost" in run.said
     assert result["theta_sha256"] == calm_hash
     assert result["reproducible"] is True
-    assert 0 < result["steps_recomputed"] <= 50
+    assert 0 <= result["steps_recomputed"] <= 50, "none where it was killed at the checkpoint"
     measured("host of an allreduce rank killed", longest_gap(run.folder, killed), "a new group starts")
 
 

